@@ -337,6 +337,7 @@ class ConvEncoder(nn.Module):
         self.net = nn.Sequential(*[
             m for i, o in zip(sizes, sizes[1:])
             for m in (nn.Conv2d(i, o, kernel_size=4, stride=2), nn.ELU(inplace=True))])
+        self.net.to(memory_format=torch.channels_last)  # only faster, the numbers are equal
 
     def forward(self, image: Tensor) -> Tensor:
         out = self.net(image.flatten(0, -4))
@@ -362,6 +363,7 @@ class ConvDecoder(nn.Module):
             nn.ConvTranspose2d(4 * depth, 2 * depth, 5, stride=2), nn.ELU(inplace=True),
             nn.ConvTranspose2d(2 * depth, depth, 6, stride=2), nn.ELU(inplace=True),
             nn.ConvTranspose2d(depth, channels, 6, stride=2))
+        self.net.to(memory_format=torch.channels_last)
 
     def forward(self, feature: Tensor) -> Tensor:
         out = self.linear(feature).flatten(0, -2)
