@@ -803,7 +803,7 @@ def actor_loss(logits: Tensor, action: Tensor, returns: Tensor, baseline: Tensor
 # %% Part 8 | Agent (Eq. 3)
 # The actor a_t ~ p(a_t | z_t) and the critic v(z_t) ≈ E[V^λ_t] of [Eq. 3], both on the
 # full model state [z, h], and one gradient step of everything, on one screen.
-# In: a batch of rows (T, B, ...). Out: weights that moved, and what they did as metrics.
+# In: a batch of rows (T, B, ...). Out: weights that moved, and metrics.
 # Predict: AdamW's first step moves every weight by the same amount. Which?
 
 class Optimizer:
@@ -935,13 +935,16 @@ class Agent(nn.Module):
         metrics["actor_grad_norm"] = self.optimizers["actor"].step(loss_of_actor)
         metrics["critic_grad_norm"] = self.optimizers["critic"].step(loss_of_critic)
 
-        # 5. Slow critic: a copy every 100 updates, the first right after update 0.
-        # Without
-        #    it the critic chases its own latest guess.
-        if self.updates % self.slow_every_updates == 0:
-            self.slow_critic.load_state_dict(self.critic.state_dict())
+        # 5. Slow critic, for the returns of the next updates.
+        self.copy_slow_critic()
         self.updates += 1
         return metrics
+
+    def copy_slow_critic(self) -> None:
+        """A hard copy every 100 updates, the first right after update 0. Returns built
+        with the critic itself would make it chase its own latest guess."""
+        if self.updates % self.slow_every_updates == 0:
+            self.slow_critic.load_state_dict(self.critic.state_dict())
 
 
 # %% Part 9 | Replay
@@ -1047,9 +1050,9 @@ class Replay:
 
 
 # %% Part 10 | Environments
-# All that can be played, behind one interface: reset() and step(action) return a Row. The
-# emulators are ale-py's C++ vector environment, other games come through gymnasium, and
-# Catch is the smallest example of adding your own.
+# All that can be played, behind one interface: reset() and step(action) return a Row.
+# The emulators are ale-py's C++ vector environment, other games come through gymnasium,
+# and Catch is the smallest example of adding your own.
 # In: one-hot actions (N, A). Out: rows.
 # Predict: how many rows does an episode of Catch take, from reset to reset?
 
@@ -1203,8 +1206,9 @@ def make_envs(game: str, num_envs: int = 1, seed: int = 0, *, action_repeat: int
             full_action_space=full_action_space,
             max_num_frames_per_episode=time_limit * action_repeat,
             reward_clipping=False, use_fire_reset=False, episodic_life=False,
-            life_loss_info=False, continuous=False, autoreset_mode="NextStep",
-            batch_size=0, num_threads=0, thread_affinity_offset=-1),
+            life_loss_info=False, continuous=False, continuous_action_threshold=0.5,
+            autoreset_mode="NextStep", batch_size=0, num_threads=0,
+            thread_affinity_offset=-1),
             seed, action_repeat)
 
     def make_one():
@@ -1227,8 +1231,8 @@ def make_envs(game: str, num_envs: int = 1, seed: int = 0, *, action_repeat: int
 # Predict: why are the scalars summed on the device instead of being read at once?
 
 class Metrics:
-    """Means over a log period, one JSON object a line, as pandas reads it with
-    read_json(path, lines=True). `counters` are running totals, updates and frames too."""
+    """Means over a log period, one JSON object a line, read by pandas.read_json(path,
+    lines=True). `counters` are running totals, with at least updates and frames."""
 
     def __init__(self, path: Path, **counters):
         self.path, self.before = path, counters | {"time": time.time()}
@@ -1367,7 +1371,7 @@ def load_agent(config: Config):
     if path.exists():
         counters = load_checkpoint(path, agent, device)
     print(f"{config.game}, preset {config.preset}, float32 on {device}, in"
-          f" {config.logdir}: {counters['steps']:,} decisions, {agent.updates:,} updates done")
+          f" {config.logdir}: {counters['steps']:,} decisions and {agent.updates:,} updates")
     return device, agent, counters
 
 
