@@ -2,10 +2,8 @@
 """DreamerV2 in one file: learn a model of the game, then learn to play inside it.
 
 "Mastering Atari with Discrete World Models" (Hafner, Lillicrap, Norouzi, Ba; ICLR 2021,
-arXiv 2010.02193) in one sentence: a recurrent model with discrete latents learns from
-replayed frames to predict images, rewards and episode ends; an actor and a critic then
-learn only from sequences that this model imagines, and never see a real frame's
-gradient.
+arXiv 2010.02193): a recurrent model with discrete latents learns from replayed frames
+to predict images, rewards and ends; actor and critic learn from what it imagines.
 
     python dreamerv2.py --game Breakout                 # the paper's settings, one GPU
     python dreamerv2.py --game Catch --preset small     # minutes on a laptop CPU
@@ -66,33 +64,25 @@ SYMBOLS.
 
 VOICES. "Paper:" is what the paper says; "Authors' code:" is what danijar/dreamerv2 does
 (commit 07d906e, version 2.2.0, unless another is named); "Here:" is our own choice.
-Where the paper's table gives a value it is the default; where the table is silent, the
-code is.
+The paper's table gives the defaults; where it is silent, the authors' code does.
 
-DEPARTURES. Where paper and code disagree (the paper wins), where we follow neither, and
-the flag that switches it or the test that holds it.
+DEPARTURES. Where paper and code disagree (the paper wins) or we follow neither, and the
+flag that switches it or the test that holds it.
     D1  One gradient step per 4 decisions. Code: 16.            --steps-per-update 16
     D2  γ = 0.995, as in the paper's table. Code: 0.999.        --gamma 0.999
     D3  50 sequences a batch. Code: 16 (50 before 2.2.0).       --batch-size 16
-    D4  The baseline is the critic, v(z_t) of Eq. 6. Code: the
-        slow critic.                                            --slow-baseline
-    D5  The advantage of a_t is V_t - v(z_t), as in Eq. 6.
-        Code: V_{t+1} - v(z_t), and one state less.             --shifted-advantage
+    D4  The baseline is v(z_t) (Eq. 6). Code: the slow v(z_t).  --slow-baseline
+    D5  The advantage of a_t is V_t - v(z_t) (Eq. 6). Code:
+        V_{t+1} - v(z_t), with one state less.                  --shifted-advantage
     D6  All 18 actions. Code: those that the game uses.         --no-full-action-space
-    D7  Losses are means over time and batch, as in the code;
-        the paper writes sums. Adam cannot tell them apart,
-        up to its epsilon.                                      test_losses_are_means
-    D8  Here: a sequence may start at any row and run across an
-        episode's end, where is_first resets the state, so each
-        row is seen equally often. Code: within one episode,
-        drawing ends more often.                                test_replay_is_uniform
-    D9  torch's Adam adds epsilon after the bias correction,
-        TensorFlow's before it.                                 test_parity_agent
-    D10 ale-py draws 0 to 29 no-ops at a reset, not counted
-        against the time limit. Code: 1 to 30, counted.         --noops
-    D11 Here: float32. Code: float16, with losses in float32.   test_precision
-    D12 Here: the slow critic is born as the critic's copy.
-        Code: with random weights, for the first update.        test_slow_critic
+    D7  Means where the paper writes sums, as in the code.      test_losses_are_means
+    D8  A sequence starts at any row and may cross episodes
+        (is_first resets). Code: within one, ends favoured.     test_replay_is_uniform
+    D9  torch's Adam epsilon. Code: TensorFlow's, larger early. test_parity_agent
+    D10 0 to 29 no-ops at a reset (ale-py). Code: 1 to 30.      --noops
+    D11 float32. Code: float16, with losses in float32.         test_precision
+    D12 The slow critic is born as the critic's copy. Code:
+        with random weights, for the first update.              test_slow_critic
 """
 from __future__ import annotations
 
@@ -121,8 +111,8 @@ __version__ = "0.1.0"
 
 
 # %% Part 1 | Configuration
-# Every number of the algorithm, in the paper's grouping. In: nothing. Out: one Config,
-# which only Agent.__init__ and Part 12 read: everything between takes plain numbers.
+# Every number of the algorithm. Only Agent.__init__ and Part 12 read it: everything
+# between takes plain numbers. In: nothing. Out: one Config.
 # Predict: how many gradient steps does the paper's run of 50M decisions make?
 
 @dataclasses.dataclass
@@ -189,22 +179,21 @@ class Config:
 
 
 # A preset is a set of values that differ from the paper's; flags override both.
-SMALL_NETWORKS = dict(num_latents=16, num_classes=16, deter_size=128, hidden_size=128,
-                      cnn_depth=8, mlp_layers=2, mlp_units=128)
 PRESETS = {
     "atari": {},
     "small": dict(
-        SMALL_NETWORKS, steps=100_000, replay_capacity=100_000, prefill_steps=1_000,
-        steps_per_update=2, batch_size=16, seq_len=8, horizon=6, gamma=0.99,
-        kl_scale=0.3,
-        entropy_scale=1e-2, model_lr=1e-3, actor_lr=4e-4, critic_lr=1e-3,
-        slow_every_updates=50, log_every_steps=500, eval_every_steps=5_000,
-        eval_episodes=10, checkpoint_every_steps=2_000),
+        steps=10_000, replay_capacity=100_000, prefill_steps=2_500, steps_per_update=2,
+        batch_size=16, seq_len=8, num_latents=16, num_classes=16, deter_size=128,
+        hidden_size=128, cnn_depth=8, mlp_layers=2, mlp_units=128, kl_scale=0.3,
+        model_lr=6e-4, horizon=6, gamma=0.99, entropy_scale=3e-2, actor_lr=1e-3,
+        critic_lr=1e-3, slow_every_updates=50, log_every_steps=500,
+        eval_every_steps=5_000, eval_episodes=10, checkpoint_every_steps=2_000),
     "debug": dict(
-        SMALL_NETWORKS, num_latents=4, num_classes=4, deter_size=16, hidden_size=16,
-        cnn_depth=2, mlp_units=16, steps=800, time_limit=80, replay_capacity=1_000,
-        prefill_steps=200, batch_size=4, seq_len=8, horizon=4, slow_every_updates=10,
-        log_every_steps=200, eval_every_steps=400, checkpoint_every_steps=400),
+        steps=800, time_limit=80, replay_capacity=1_000, prefill_steps=200,
+        batch_size=4, seq_len=8, num_latents=4, num_classes=4, deter_size=16,
+        hidden_size=16, cnn_depth=2, mlp_layers=2, mlp_units=16, horizon=4,
+        slow_every_updates=10, log_every_steps=200, eval_every_steps=400,
+        checkpoint_every_steps=400),
 }
 
 
@@ -220,10 +209,9 @@ def straight_through_sample(logits: Tensor) -> Tensor:
         sample = one_hot(draw(logits)),  probs = softmax(logits)
         return sample + probs - sg(probs)
 
-    logits (..., K) -> (..., K), exactly one-hot; the gradient is that of the softmax,
-    so it is biased but has little variance. The draw is Gumbel's: argmax(logits +
-    noise) is distributed as softmax(logits), and unlike torch.multinomial it never
-    makes the host wait for the GPU.
+    logits (..., K) -> (..., K), exactly one-hot, with the softmax's gradient: biased,
+    but of little variance. The draw is Gumbel's: argmax(logits + noise) is distributed
+    as softmax(logits), and never makes the host wait, as torch.multinomial does.
 
     >>> _ = torch.manual_seed(0)
     >>> logits = torch.tensor([0.0, math.log(3.0)], requires_grad=True)   # probs ¼, ¾
@@ -252,12 +240,11 @@ def categorical_entropy(logits: Tensor) -> Tensor:
 
 
 def categorical_kl(p_logits: Tensor, q_logits: Tensor) -> Tensor:
-    """KL(p ‖ q) in nats of S independent categoricals, summed over S.
+    """KL(p ‖ q) in nats of S independent categoricals, (..., S, K) twice -> (...).
 
         KL(p ‖ q) = Σ_s Σ_k p[s, k] · (ln p[s, k] - ln q[s, k])
 
-    (..., S, K), (..., S, K) -> (...). It is not symmetric: here p, the first argument,
-    weighs the logs, so q must put mass wherever p does.
+    It is not symmetric: p, the first argument, weighs the logs.
 
     >>> p = torch.tensor([[1.0, 1.0]]).log()                # one latent, ½ ½
     >>> q = torch.tensor([[3.0, 1.0]]).log()                # one latent, ¾ ¼
@@ -277,9 +264,9 @@ def balanced_kl(posterior: Tensor, prior: Tensor, alpha: float):
 
     posterior, prior: logits (..., S, K) -> (loss, kl), each (...) in nats. Both terms
     have the same value, so loss equals kl; only the gradients differ. The first teaches
-    the prior to predict, with weight α; the second keeps the posterior predictable,
-    with weight 1 - α. The direction never turns: always KL(posterior ‖ prior). Authors'
-    code: at α = 0.5 exactly, both sides get the full gradient, not half.
+    the prior to predict, the second keeps the posterior predictable. The direction is
+    always KL(posterior ‖ prior). Authors' code: at α = 0.5 exactly both sides get the
+    full gradient, not half.
 
     >>> post = torch.tensor([[1.0, 1.0]]).log().requires_grad_()
     >>> prior = torch.tensor([[3.0, 1.0]]).log().requires_grad_()
@@ -289,16 +276,14 @@ def balanced_kl(posterior: Tensor, prior: Tensor, alpha: float):
     0.1875
     >>> round(post.grad[0, 0].item(), 4)                    # (1 - α) · ½ (ln(½/¾) - KL)
     -0.0687
-    >>> sum(balanced_kl(post, post, alpha=0.75)[0].shape)   # equal: a scalar ...
-    0
-    >>> balanced_kl(post, post, alpha=0.75)[0].item()       # ... with nothing to learn
-    0.0
+    >>> loss, _ = balanced_kl(post, post.detach(), alpha=0.75)    # equal: KL 0 ...
+    >>> loss.item(), torch.autograd.grad(loss, post)[0].tolist()    # ... and no pull
+    (0.0, [[0.0, 0.0]])
     """
     train_prior = categorical_kl(posterior.detach(), prior)
     train_posterior = categorical_kl(posterior, prior.detach())
     # Without the balance (α = ½) a poor prior drags the posterior towards itself before
-    # it has learned anything. Paper's Table 2, no KL balancing: gamer median 1.64 ->
-    # 0.84.
+    # it has learned anything. Paper, Table 2: the gamer median falls from 1.64 to 0.84.
     return alpha * train_prior + (1 - alpha) * train_posterior, train_prior.detach()
 
 
@@ -308,10 +293,8 @@ def balanced_kl(posterior: Tensor, prior: Tensor, alpha: float):
 # Predict: four convolutions of kernel 4 and stride 2 on 64 pixels: how many are left?
 
 def glorot_init(module: nn.Module) -> None:
-    """Keras's initialisation, for `network.apply(glorot_init)`: uniform Glorot weights
-    zero biases in every linear and convolution. torch's default is about √3 smaller in
-    the
-    weights of a square layer and draws the biases at random."""
+    """Keras's initialisation, for `network.apply(glorot_init)`: uniform Glorot weights,
+    zero biases. torch's own weights are √3 smaller in square layers, biases random."""
     if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
         nn.init.xavier_uniform_(module.weight)
         nn.init.zeros_(module.bias)
@@ -353,8 +336,7 @@ class ConvEncoder(nn.Module):
 class ConvDecoder(nn.Module):
     """Features (..., F) -> mean images (..., C, 64, 64).
 
-    No activation after the linear layer: its output is the 1×1 image that the first
-    transposed convolution spreads.
+    The linear layer, with no activation, makes the 1×1 image that the others spread.
 
     >>> decoder = ConvDecoder(1624, 1, depth=48)
     >>> decoder(torch.zeros(7, 1624)).shape                 # 1 -> 5 -> 13 -> 30 -> 64
@@ -388,8 +370,8 @@ class LayerNormGRUCell(nn.Module):
     x (..., I), h (..., D) -> h' (..., D). Three things differ from torch.nn.GRUCell:
     the reset gate scales the candidate after the linear (input part included); the bias
     of -1 starts the cell slow to forget (u = σ(-1) = 0.27); and u weighs the NEW
-    candidate. The norm is the model's only one; ε is Keras's 1e-3. Its "No Layer Norm"
-    ablation lowers the gamer mean from 11.33 to 5.95 (paper, Table 2).
+    candidate. The norm is the model's only one; ε is Keras's 1e-3. Without it the gamer
+    mean falls from 11.33 to 5.95 (paper, Table 2).
 
     >>> cell = LayerNormGRUCell(2, 1)
     >>> for p in cell.parameters(): _ = nn.init.zeros_(p)   # all gates zero
@@ -426,7 +408,7 @@ class LayerNormGRUCell(nn.Module):
 # Predict: does the prior ever see the image of its own step?
 
 class State(NamedTuple):
-    """What the model believes at one moment; leading axes are (T, B), (N,) or none."""
+    """What the model believes at one moment; leading axes are (T, B) or (N,)."""
     h: Tensor  # (..., D) the deterministic, recurrent part
     z: Tensor  # (..., S, K) the stochastic part, S one-hot vectors
     logits: Tensor  # (..., S, K) of the distribution that z was drawn from
@@ -440,9 +422,8 @@ class State(NamedTuple):
 class RSSM(nn.Module):
     """Recurrent state-space model with categorical latents. [Eq. 1]
 
-    `img_step` goes forward without an image (imagination), `obs_step` with one
-    (acting), and `observe` takes a whole sequence with images (training): it is the
-    fast twin of obs_step in a loop, and a test holds the two together.
+    `img_step` goes on without an image (imagination), `obs_step` with one (acting), and
+    `observe` through a whole sequence (training): the fast twin of obs_step in a loop.
 
     >>> rssm = RSSM(action_dim=2, embed_dim=12, num_latents=3, num_classes=4,
     ...             deter_size=8, hidden_size=7)
@@ -476,7 +457,7 @@ class RSSM(nn.Module):
 
     @staticmethod
     def features(state: State) -> Tensor:
-        """The model state as one vector per step, (..., F); see State.feature."""
+        """The model state as one vector, (..., F): state.feature."""
         return state.feature
 
     def recurrent(self, state: State, action: Tensor) -> Tensor:
@@ -498,14 +479,13 @@ class RSSM(nn.Module):
                  is_first: Tensor) -> State:
         """One step with an image: z comes from the posterior.
 
-        state of t-1; action (N, A) that led here; embed (N, E) and is_first (N,) bool
-        of t. Where is_first, previous state and action are zeroed: the step is a fresh
-        start.
+        state of t-1; action (N, A) that led here; embed (N, E) and is_first (N,) of t.
+        Where is_first, state and action are zeroed: the step is a fresh start.
         """
-        # Without this line the new episode continues the old one's memory.
-        h, z, action = (x * (~is_first).to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
-                        for x in (state.h, state.z, action))
-        h = self.recurrent(State(h, z, z), action)
+        # Without this mask a new episode would go on with the old one's memory.
+        keep = (~is_first).to(embed.dtype)[:, None]
+        fresh = State(state.h * keep, state.z * keep[:, None], state.logits)
+        h = self.recurrent(fresh, action * keep)
         logits = self.post_out(F.elu(self.post_in(torch.cat([h, embed], -1))))
         logits = logits.unflatten(-1, self.latent_shape)
         return State(h, straight_through_sample(logits), logits)
@@ -517,11 +497,10 @@ class RSSM(nn.Module):
         embeds (T, B, E), actions (T, B, A), is_first (T, B) bool -> posterior states
         and prior logits over (T, B). `state` precedes step 0; None starts from zeros.
 
-        obs_step, T times, with everything taken out of the loop that needs no result of
-        the step before. A linear layer of a concatenation is a sum of two products, W
-        [h, e] + b = W_h h + (W_e e + b): the embedding's and the action's parts are one
-        product each for all T. The prior, which nothing in the loop reads, waits for
-        the end.
+        obs_step, T times, with all that needs no result of the step before taken out of
+        the loop. A linear layer of a concatenation is a sum, W [h, e] + b = W_h h +
+        (W_e e + b): the embedding's part and the action's are one product each for all
+        T. The prior, which nothing in the loop reads, waits for the end.
         """
         assert embeds.shape[:2] == actions.shape[:2] == is_first.shape, \
             "embeds, actions and is_first must agree on (T, B)"
@@ -552,8 +531,7 @@ class RSSM(nn.Module):
 # %% Part 5 | World model (Eq. 2)
 # All that is learned from real experience: the RSSM, an encoder that feeds it and three
 # heads that make it tell the truth.
-# In: a batch of rows (T, B, ...). Out: one number to minimise, and the posterior states
-# from which imagination starts.
+# In: a batch of rows (T, B, ...). Out: a loss, and states where imagination starts.
 # Predict: a decoder outputs the exact image. What is its negative log-likelihood?
 
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
@@ -561,7 +539,6 @@ HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
 def normal_nll(mean: Tensor, target: Tensor) -> Tensor:
     """-ln Normal(target; mean, 1) of each element: half the squared error, plus 0.919.
-
     The constant trains nothing, but with it a perfect image has a loss of 3764:
 
     >>> image = torch.zeros(1, 64, 64)
@@ -600,11 +577,8 @@ class WorldModel(nn.Module):
         return self.reward_head(feature).squeeze(-1)
 
     def predict_discount(self, feature: Tensor) -> Tensor:
-        """Discount of a state, (..., F) -> (...): γ if play goes on, 0 if it ends.
-
-        The head was trained on γ·(1 - is_terminal), so γ is inside already: nothing
-        that uses this number multiplies by γ again.
-        """
+        """Discount of a state, (..., F) -> (...): γ if play goes on, 0 if it ends. γ is
+        inside already, by the head's training: nothing multiplies by it again."""
         return self.discount_head(feature).squeeze(-1).sigmoid()
 
     def loss(self, image: Tensor, action: Tensor, reward: Tensor, is_first: Tensor,
@@ -652,9 +626,8 @@ class WorldModel(nn.Module):
 
 
 # %% Part 6 | Imagination
-# The actor plays in its head. Each of the N = T·B posterior states of the batch starts
-# one imagined sequence; no image is decoded on the way.
-# In: N start states. Out: H + 1 features and the actions that led to them.
+# The actor plays in its head, from each of the N = T·B posterior states of the batch.
+# In: N start states. Out: H + 1 features and the actions that led to them; no images.
 # Predict: which action is actions[0]?
 
 def imagine(img_step, actor, start: State, horizon: int) -> tuple[Tensor, Tensor]:
@@ -665,9 +638,8 @@ def imagine(img_step, actor, start: State, horizon: int) -> tuple[Tensor, Tensor
 
     img_step: (State, action) -> State, as RSSM.img_step; actor: features -> logits;
     start: State over (N,). -> features (H+1, N, F), actions (H+1, N, A) one-hot.
-    Nothing chose actions[0]: it is zero. Actions and latents are straight-through, so
-    gradients of later states can flow back to the actor; for Reinforce call this under
-    torch.no_grad().
+    Nothing chose actions[0]: it is zero. Samples are straight-through, so gradients of
+    later states can reach the actor; Reinforce calls this under torch.no_grad().
 
     >>> def clock(state, action):                             # a world that only counts
     ...     return State(state.h + 1, state.z, state.logits)
@@ -737,7 +709,7 @@ def trajectory_weights(discount: Tensor) -> Tensor:
         w[t] = Π_{i < t} γ[i],    w[0] = 1
 
     discount (H+1, N) -> weights (H+1, N). States after a predicted end of the episode
-    have a weight near zero: the model knows nothing of them. The first weight is 1
+    have a weight near zero: the model knows nothing of them. The first weight is 1,
     whatever γ[0] is: we ARE in the start state.
 
     >>> trajectory_weights(torch.tensor([0.5, 0.5, 0.0, 0.5])).tolist()
@@ -751,8 +723,7 @@ def critic_loss(value: Tensor, returns: Tensor, weights: Tensor):
 
         mean over t, n of  w[t] · ½ (v(z[t]) - sg(V[t]))²
 
-    value, returns, weights (H, N), t = 0 .. H-1 -> loss (scalar), metrics. V is built
-    with the slow critic; only v carries a gradient. Sums are means here, see [D7].
+    value, returns, weights (H, N), t = 0 .. H-1 -> loss (scalar), metrics. [D7]
 
     >>> v, V = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 6.0])
     >>> w = torch.tensor([1.0, 0.5])
@@ -773,10 +744,9 @@ def actor_loss(logits: Tensor, action: Tensor, returns: Tensor, baseline: Tensor
                                     - η · entropy(p(· | z[t])) )
 
     logits (H, N, A) of the policy in state t; action (H, N, A) one-hot, the one CHOSEN
-    in state t; returns, baseline, weights (H, N) -> loss (scalar), metrics. ρ = 1 needs
-    no gradient through the returns; with ρ < 1 they must carry the actor's. Subtracting
-    v(z[t]), which knows nothing of a_t, leaves the expected gradient as it is and
-    removes most of its variance.
+    in state t; returns, baseline, weights (H, N) -> loss (scalar), metrics. With ρ < 1
+    the returns must carry the actor's gradient. Subtracting v(z[t]), which knows
+    nothing of a_t, keeps the expected gradient and removes most of its variance.
 
     >>> logits = torch.zeros(1, 2).requires_grad_()              # two equal actions
     >>> chose_first = torch.tensor([[1.0, 0.0]])
@@ -787,8 +757,8 @@ def actor_loss(logits: Tensor, action: Tensor, returns: Tensor, baseline: Tensor
     >>> loss.backward(); logits.grad.tolist()    # descent: good gets likelier
     [[-1.0, 1.0]]
     """
-    # The advantage is a number, not a path: with ρ < 1 the returns carry a
-    # gradient, and without the detach Reinforce would send ln p times it the same way.
+    # A number, not a path: with ρ < 1 the returns carry a gradient, and without the
+    # detach Reinforce would send it on, times ln p.
     advantage = (returns - baseline).detach()
     log_prob = (logits.log_softmax(-1) * action.detach()).sum(-1)
     entropy = categorical_entropy(logits)
@@ -843,8 +813,7 @@ class Agent(nn.Module):
 
     def __init__(self, config: Config, num_actions: int, channels: int = 1):
         super().__init__()
-        c = config
-        self.num_actions, self.updates = num_actions, 0
+        c, self.num_actions, self.updates = config, num_actions, 0
         self.world_model = WorldModel(
             num_actions, channels, num_latents=c.num_latents, num_classes=c.num_classes,
             deter_size=c.deter_size, hidden_size=c.hidden_size, cnn_depth=c.cnn_depth,
@@ -899,9 +868,7 @@ class Agent(nn.Module):
         metrics["model_grad_norm"] = self.optimizers["model"].step(loss)
 
         # 2. Imagine H steps from every posterior state, with the model just updated.
-        # The
-        #    detach cuts behaviour learning off the encoder; only ρ < 1 needs the
-        #    dynamics' gradients, so Reinforce saves all of autograd here.
+        #    The detach cuts behaviour off the encoder; only ρ < 1 needs gradients here.
         start = State(*(x.detach().flatten(0, 1) for x in posterior))  # (T, B) -> (N,)
         with torch.set_grad_enabled(self.actor_loss_args["reinforce_mix"] < 1):
             features, actions = imagine(
@@ -916,8 +883,7 @@ class Agent(nn.Module):
             returns = lambda_return(reward, slow_value, discount, self.return_lambda)
         weights = trajectory_weights(discount.detach())[:-1]
 
-        # 3. Critic: predict the returns. [Eq. 5]  States 0 .. H-1; the last one only
-        #    bootstraps.
+        # 3. Critic: predict the returns. [Eq. 5]  State H only bootstraps.
         states = features[:-1].detach()
         value = self.critic(states).squeeze(-1)
         loss_of_critic, more = critic_loss(value, returns, weights)
@@ -941,8 +907,8 @@ class Agent(nn.Module):
         return metrics
 
     def copy_slow_critic(self) -> None:
-        """A hard copy every 100 updates, the first right after update 0. Returns built
-        with the critic itself would make it chase its own latest guess."""
+        """A hard copy every 100 updates, the first right after update 0. Without it the
+        critic would chase its own latest guess."""
         if self.updates % self.slow_every_updates == 0:
             self.slow_critic.load_state_dict(self.critic.state_dict())
 
@@ -960,10 +926,9 @@ class UsageError(Exception):
 class Row(NamedTuple):
     """One moment of N environments, aligned as the header's TIME says.
 
-    This is the alignment contract: action and reward are those that CAME WITH the
-    image. On the first row of an episode nothing led to it: both are zero. is_terminal
-    means that the game ended; an episode cut by a time limit ends without it, since its
-    last state still had a future. No row says "last": the next row's is_first does.
+    The alignment contract: action and reward CAME WITH the image; on an episode's first
+    row both are zero. is_terminal means that the game ended; an episode cut by a time
+    limit ends without it, its last state still had a future.
     """
     image: np.ndarray  # (N, C, 64, 64) uint8
     action: np.ndarray  # (N, A) float32, one-hot
@@ -997,7 +962,6 @@ class Replay:
             ("reward", np.float32), ("is_first", bool), ("is_terminal", bool)])
         self.num_envs, self.length = num_envs, capacity // num_envs
         shape = (num_envs, self.length)
-        self.nbytes = layout.itemsize * math.prod(shape)
         self.random = np.random.default_rng(seed)
         rows, written = directory / "rows.npy", directory / "written.npy"
         if not written.exists():
@@ -1010,8 +974,7 @@ class Replay:
         self.rows = np.lib.format.open_memmap(rows, "r+")
         self.written = np.lib.format.open_memmap(written, "r+")
         if (self.rows.dtype, self.rows.shape) != (layout, shape):
-            raise UsageError(f"{rows} holds other rows than these settings make;"
-                             " choose another --logdir")
+            raise UsageError(f"{rows} has another layout; choose another --logdir")
 
     def __len__(self) -> int:
         """Rows that can be sampled, over all environments."""
@@ -1028,9 +991,8 @@ class Replay:
     def sample(self, batch_size: int, seq_len: int) -> dict[str, Tensor]:
         """Uniformly drawn sequences: a dict of Row's fields, time-major (T, B, ...).
 
-        Starts are counted in rows since the beginning, oldest to newest, and only then
-        turned into slots: a sequence never straddles the write head, where the newest
-        row lies beside the oldest.
+        Starts are counted from the oldest row to the newest and only then turned into
+        slots: a sequence never straddles the write head, where newest meets oldest.
         """
         written = int(self.written[0])
         oldest = max(0, written - self.length)
@@ -1043,8 +1005,7 @@ class Replay:
         rows = self.rows[env, slots]
         batch = {name: torch.from_numpy(rows[name].copy()) for name in Row._fields}
         # The state before a sequence is unknown, so each starts as an episode does.
-        # Without this line its first step would act on a memory of zeros that is not a
-        # beginning.
+        # Without this line its first step would join an action to a state it never met.
         batch["is_first"][0] = True
         return batch
 
@@ -1063,13 +1024,11 @@ class Catch(gymnasium.Env):
     uint8 images (H, W), (H, W, 1) or (H, W, 3) will do. Register it under an id, and
     `--game your_module:YourGame-v0` imports and plays it.
 
-    Actions: left, stay, right. Reward +1 for a catch, -1 for a miss, when the ball
-    lands.
+    Actions: left, stay, right. Reward when the ball lands: +1 caught, -1 missed.
 
     >>> env = Catch()
-    >>> image, _ = env.reset(seed=0)
-    >>> image.shape, int((image > 0).sum()) // 64   # in cells: ball and paddle
-    ((64, 64, 1), 2)
+    >>> int((env.reset(seed=0)[0] > 0).sum()) // 64   # cells in use: ball and paddle
+    2
     >>> [env.step(1)[2] for _ in range(7)]    # it lands with the 7th step
     [False, False, False, False, False, False, True]
     """
@@ -1101,26 +1060,23 @@ class Envs:
     """N copies of a game, in step, as rows.
 
     Wraps any gymnasium vector environment that resets in the step AFTER an episode's
-    end (NEXT_STEP, the default of ale-py and gymnasium): that step ignores its action
-    and returns the new episode's first image, so it becomes a row with is_first, zero
-    action and zero reward, and is no decision. frames_per_step is a decision's cost.
+    end (NEXT_STEP, the default): that step ignores its action and returns the next
+    episode's first image, a row with is_first, zero action and reward, no decision.
     """
 
     def __init__(self, vector_env, seed: int, frames_per_step: int = 1):
-        actions = vector_env.single_action_space
-        images = vector_env.single_observation_space
+        actions, images = vector_env.single_action_space, vector_env.observation_space
         if not isinstance(actions, gymnasium.spaces.Discrete):
             raise UsageError(f"--game needs discrete actions; this game has {actions}")
-        shape = images.shape if images.shape and len(images.shape) == 3 else (
-            1, *(images.shape or ()))
-        if (len(shape) != 3 or images.dtype != np.uint8
-                or not {shape[0], shape[-1]} & {1, 3}):
+        self.channels = 0
+        if images.dtype == np.uint8 and len(images.shape) in (3, 4):
+            self.channels = to_images(np.zeros(images.shape, np.uint8)).shape[1]
+        if self.channels not in (1, 3):
             raise UsageError("--game needs uint8 images (H, W), (H, W, 1) or (H, W, 3);"
-                             f" this game has {images}")
+                             f" this game has {vector_env.single_observation_space}")
         self.vector_env, self.num_envs = vector_env, vector_env.num_envs
         self.seed, self.frames_per_step = seed, frames_per_step
         self.num_actions = int(actions.n)
-        self.channels = shape[0] if shape[0] in (1, 3) else shape[-1]
 
     def reset(self) -> Row:
         """The first row of N new episodes, from self.seed."""
@@ -1133,10 +1089,9 @@ class Envs:
         """Play one-hot actions (N, A). self.done: whose episode ended with this row."""
         action = np.asarray(action, np.float32)
         # The emulator must not see a bad action: ale-py hangs on one, deaf to Ctrl-C.
-        if action.shape != (self.num_envs, self.num_actions) or not (
-                ((action == 0) | (action == 1)).all() and (action.sum(-1) == 1).all()):
-            raise ValueError(
-                f"actions must be one-hot, ({self.num_envs}, {self.num_actions})")
+        shape = (self.num_envs, self.num_actions)
+        if action.shape != shape or (np.sort(action) != np.eye(shape[1])[-1]).any():
+            raise ValueError(f"actions must be one-hot, of shape {shape}")
         is_first = self.done
         observation, reward, terminated, truncated, _ = self.vector_env.step(
             action.argmax(-1).astype(np.int64))
@@ -1149,11 +1104,7 @@ class Envs:
 
 def to_images(observation: np.ndarray) -> np.ndarray:
     """Observations (N, H, W), (N, H, W, C) or (N, C, H, W) -> (N, C, 64, 64) uint8,
-    resized by area where they have another size.
-
-    >>> to_images(np.full((2, 96, 128, 3), 7, np.uint8)).shape
-    (2, 3, 64, 64)
-    """
+    resized by area where they have another size."""
     if observation.ndim == 3:
         observation = observation[:, None]
     if observation.shape[1] not in (1, 3):
@@ -1165,11 +1116,7 @@ def to_images(observation: np.ndarray) -> np.ndarray:
 
 
 def plain_name(game: str) -> str:
-    """Lower-case letters and digits, without gym's prefixes and versions.
-
-    >>> [plain_name(n) for n in ("UpNDown", "up_n_down", "PongNoFrameskip-v4")]
-    ['upndown', 'upndown', 'pong']
-    """
+    """UpNDown, up_n_down, ALE/UpNDown-v5, UpNDownNoFrameskip-v4: all are upndown."""
     name = game.lower().split("/")[-1]
     name = re.sub(r"(noframeskip|deterministic)?-v\d+$", "", name)
     return re.sub(r"[^a-z0-9]", "", name)
@@ -1190,15 +1137,14 @@ def make_envs(game: str, num_envs: int = 1, seed: int = 0, *, action_repeat: int
     >>> bool(rows[7].is_first[0]), rows[7].action[0].tolist(), float(rows[7].reward[0])
     (True, [0.0, 0.0, 0.0], 0.0)
     """
-    # Imported here, so that nothing above needs an emulator. The four ROMs left out are
-    # for two players only and would end the process.
+    # Four ROMs are for two players only, and would end the process.
     from ale_py.roms import get_all_rom_ids
     from ale_py.vector_env import AtariVectorEnv
     roms = {plain_name(rom): rom for rom in get_all_rom_ids()
             if rom not in ("combat", "joust", "maze_craze", "warlords")}
     if plain_name(game) in roms:
-        # Max over the last two frames (consoles drew some sprites in every other one),
-        # gray, area-resized to 64×64. No frame stack: memory is the RSSM's job.
+        # The maximum of the last two frames (consoles drew some sprites in every other
+        # one), gray, resized by area. No frame stack: memory is the RSSM's job.
         return Envs(AtariVectorEnv(
             roms[plain_name(game)], num_envs, img_height=64, img_width=64,
             grayscale=True, stack_num=1, frameskip=action_repeat, maxpool=True,
@@ -1208,8 +1154,7 @@ def make_envs(game: str, num_envs: int = 1, seed: int = 0, *, action_repeat: int
             reward_clipping=False, use_fire_reset=False, episodic_life=False,
             life_loss_info=False, continuous=False, continuous_action_threshold=0.5,
             autoreset_mode="NextStep", batch_size=0, num_threads=0,
-            thread_affinity_offset=-1),
-            seed, action_repeat)
+            thread_affinity_offset=-1), seed, action_repeat)
 
     def make_one():
         env = Catch() if plain_name(game) == "catch" else gymnasium.make(game)
@@ -1221,12 +1166,13 @@ def make_envs(game: str, num_envs: int = 1, seed: int = 0, *, action_repeat: int
         names = {plain_name(n): n for n in ("Catch", *gymnasium.registry)}
         names |= {k: rom.title().replace("_", "") for k, rom in roms.items()}
         near = [names[k] for k in difflib.get_close_matches(plain_name(game), names)]
-        hint = f"did you mean {', '.join(near)}?" if near else str(error).split("\n")[0]
+        hint = f"did you mean {', '.join(near)}?"
+        if not near or game in gymnasium.registry:  # the name is right, not the rest
+            hint = str(error).splitlines()[0]
         raise UsageError(f"--game {game} cannot be played: {hint}") from None
 
 
 # %% Part 11 | Looking
-# What the run tells about itself.
 # In: scalars of every gradient step, scores of every episode. Out: metrics.jsonl.
 # Predict: why are the scalars summed on the device instead of being read at once?
 
@@ -1247,8 +1193,8 @@ class Metrics:
         """Append totals, rates and means since the last line; start the next period.
         episode_return and episode_length are null where no episode ended."""
         now = counters | {"time": time.time()}
-        past = {k: now[k] - self.before[k] for k in ("time", "updates", "frames")}
-        rates = {f"{k}_per_s": past[k] / max(past["time"], 1e-9)
+        seconds = max(now["time"] - self.before["time"], 1e-9)
+        rates = {f"{k}_per_s": (now[k] - self.before[k]) / seconds
                  for k in ("updates", "frames")}
         score, length = (np.mean(self.episodes, axis=0).tolist() if self.episodes
                          else (None, None))
@@ -1261,8 +1207,7 @@ class Metrics:
 
 
 # %% Part 12 | Running
-# Playing, training, evaluating, saving, and the command line.
-# In: the command line. Out: a run's folder, and an exit status.
+# Playing, training, evaluating, saving. In: flags. Out: a run's folder, exit status.
 # Predict: a run is killed between two checkpoints. How many updates does it owe then?
 
 class Player:
@@ -1270,7 +1215,7 @@ class Player:
 
     def __init__(self, envs: Envs, device):
         self.envs, self.device, self.memory = envs, device, None
-        self.random = np.random.default_rng(envs.seed)
+        envs.vector_env.action_space.seed(envs.seed)
         self.row = envs.reset()
         self.score, self.length = np.zeros(envs.num_envs), np.zeros(envs.num_envs, int)
 
@@ -1278,8 +1223,8 @@ class Player:
         """Play one row in every environment, at random if agent is None. The row is
         then in self.row; returns (score, decisions) of each episode that it ended."""
         if agent is None:
-            size = self.envs.num_actions
-            action = np.eye(size)[self.random.integers(size, size=self.envs.num_envs)]
+            chosen = self.envs.vector_env.action_space.sample()
+            action = np.eye(self.envs.num_actions)[chosen]
         else:
             image, is_first = (torch.from_numpy(x).to(self.device)
                                for x in (self.row.image, self.row.is_first))
@@ -1294,12 +1239,12 @@ class Player:
         return ended
 
 
-def evaluate(agent: Agent | None, envs: Envs, episodes: int, device) -> list[tuple]:
-    """(raw score, decisions) of whole episodes played with the actor's mode."""
+def evaluate(agent: Agent, envs: Envs, episodes: int, device) -> np.ndarray:
+    """Raw score and decisions (episodes, 2) of whole episodes of the actor's mode."""
     player, ended = Player(envs, device), []
     while len(ended) < episodes:
         ended += player.step(agent, greedy=True)
-    return ended[:episodes]
+    return np.array(ended[:episodes])
 
 
 def save_checkpoint(path: Path, agent: Agent, counters: dict) -> None:
@@ -1322,34 +1267,28 @@ def load_checkpoint(path: Path, agent: Agent, device) -> dict:
         agent.updates = saved["updates"]
         return saved["counters"]
     except Exception as error:  # torch raises many kinds, all mean the same
-        reason = str(error).split("\n")[0]
-        raise UsageError(f"{path} cannot be read as a checkpoint: {reason}") from None
+        raise UsageError(f"{path} is no usable checkpoint: {error!r:.60}") from None
 
 
-def gradient_step_seconds(config: Config, num_actions: int, channels: int) -> float:
-    """Cost of a gradient step on this CPU: one with a tenth of the batch, times ten."""
-    share = max(1, config.batch_size // 10)
-    shape = (config.seq_len, share)
-    batch = dict(
-        image=torch.zeros(*shape, channels, 64, 64, dtype=torch.uint8),
-        action=torch.zeros(*shape, num_actions), reward=torch.zeros(shape),
-        is_first=torch.ones(shape).bool(), is_terminal=torch.zeros(shape))
-    with torch.random.fork_rng():  # the run's random numbers stay as they are
-        agent = Agent(config, num_actions, channels)
-        start = time.time()
-        agent.train_step(batch)
-        return (time.time() - start) * config.batch_size / share
-
-
-def pick_device(name: str) -> torch.device:
-    """"auto" is CUDA where there is one, else the CPU; anything else must exist."""
+def load_agent(config: Config):
+    """Device, agent, counters: from the last checkpoint, or new where there is none."""
+    torch.manual_seed(config.seed)
+    name = config.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.zeros(1, device=name).device
+        device = torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).split("\n")[0]
-        raise UsageError(f"--device {name} cannot be used here: {reason}") from None
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"--device {name} cannot be used: {reason}") from None
+    envs = make_game(config, 1)
+    agent = Agent(config, envs.num_actions, envs.channels).to(device)
+    counters = dict(steps=0, episodes=0, time=0)
+    if (path := Path(config.logdir, "checkpoint.pt")).exists():
+        counters = load_checkpoint(path, agent, device)
+    print(f"{config.game}, preset {config.preset}, float32 on {device}, in"
+          f" {config.logdir}, {counters['steps']:,} decisions, {agent.updates} updates")
+    return device, agent, counters
 
 
 def make_game(config: Config, num_envs: int, *seed: int) -> Envs:
@@ -1361,18 +1300,20 @@ def make_game(config: Config, num_envs: int, *seed: int) -> Envs:
                      **{rule: getattr(config, rule) for rule in rules})
 
 
-def load_agent(config: Config):
-    """Device, agent, counters: from the last checkpoint, or new where there is none."""
-    torch.manual_seed(config.seed)
-    device, envs = pick_device(config.device), make_game(config, 1)
-    agent = Agent(config, envs.num_actions, envs.channels).to(device)
-    counters = dict(steps=0, episodes=0, time=0)
-    path = Path(config.logdir, "checkpoint.pt")
-    if path.exists():
-        counters = load_checkpoint(path, agent, device)
-    print(f"{config.game}, preset {config.preset}, float32 on {device}, in"
-          f" {config.logdir}: {counters['steps']:,} decisions and {agent.updates:,} updates")
-    return device, agent, counters
+def cost_on_this_cpu(config: Config, envs: Envs) -> str:
+    """A warning; measures a gradient step on a tenth of the batch, times ten."""
+    share = max(1, config.batch_size // 10)
+    zeros = torch.zeros(config.seq_len, share)
+    batch = dict(image=torch.zeros(*zeros.shape, envs.channels, 64, 64), reward=zeros,
+                 action=torch.zeros(*zeros.shape, envs.num_actions), is_first=zeros > 0,
+                 is_terminal=zeros > 0)
+    with torch.random.fork_rng():  # the run's random numbers stay as they are
+        agent, start = Agent(config, envs.num_actions, envs.channels), time.time()
+        agent.train_step(batch)
+        seconds = (time.time() - start) * config.batch_size / share
+    updates = max(0, config.steps - config.prefill_steps) // config.steps_per_update
+    return (f"No CUDA device: a gradient step of this size takes about {seconds:.0f} s"
+            f" here; the run makes {updates:,}. --preset small suits a laptop.")
 
 
 def train(config: Config) -> None:
@@ -1382,18 +1323,14 @@ def train(config: Config) -> None:
         print("nothing left to do: a larger --steps goes on")
         return
     envs = make_game(config, config.num_envs, counters["steps"], 0)
-    logdir = Path(config.logdir)
     if device.type == "cpu" and config.preset == "atari":
-        seconds = gradient_step_seconds(config, envs.num_actions, envs.channels)
-        updates = (config.steps - config.prefill_steps) // config.steps_per_update
-        print(f"No CUDA device: a gradient step at the paper's size takes about"
-              f" {seconds:.0f} s here, and this run makes {max(updates, 0):,}."
-              " --preset small is made for a laptop. Going on.")
+        print(cost_on_this_cpu(config, envs))
+    logdir = Path(config.logdir)
     replay = Replay(
         logdir / "replay", config.replay_capacity, num_envs=config.num_envs,
         image_shape=(envs.channels, 64, 64), action_dim=envs.num_actions,
         seed=envs.seed)
-    print(f"replay: {replay.nbytes / 1e9:.2f} GB on disk for"
+    print(f"replay: {replay.rows.nbytes / 1e9:.2f} GB on disk for"
           f" {config.replay_capacity:,} rows, {len(replay):,} filled")
     (logdir / "config.json").write_text(
         json.dumps(dataclasses.asdict(config), indent=1) + "\n", encoding="utf-8")
@@ -1414,8 +1351,7 @@ def learn(config: Config, logdir: Path, device, agent: Agent, envs: Envs,
         ended = player.step(None if before < config.prefill_steps else agent)
         replay.add(*player.row)
         metrics.episodes += ended
-        # The row of a reset is no decision.
-        steps = before + int((~player.row.is_first).sum())
+        steps = before + int((~player.row.is_first).sum())  # a reset is no decision
         counters.update(steps=steps, episodes=counters["episodes"] + len(ended),
                         time=time.time() - start)
         bar.update(steps - before)
@@ -1433,16 +1369,16 @@ def learn(config: Config, logdir: Path, device, agent: Agent, envs: Envs,
         if due(config.eval_every_steps) and agent.updates:
             played = evaluate(agent, make_game(config, 1, steps, 1),
                               config.eval_episodes, device)
-            evaluation = dict(zip(("eval_return", "eval_length"),
-                                  np.mean(played, axis=0).tolist()))
+            score, length = played.mean(0).tolist()
+            evaluation = dict(eval_return=score, eval_length=length)
         if due(config.log_every_steps) and metrics.count:
             line = metrics.write(
                 step=steps, frames=steps * frames, updates=agent.updates,
                 episodes=counters["episodes"], wall_time_s=counters["time"],
                 **evaluation)
+            evaluation = {}
             bar.set_postfix({k: line[k] for k in (
                 "frames", "episode_return", "updates_per_s")})
-            evaluation = {}
         if due(config.checkpoint_every_steps):
             save_checkpoint(logdir / "checkpoint.pt", agent, counters)
     bar.close()
@@ -1454,25 +1390,16 @@ def play(config: Config) -> None:
         raise UsageError(f"--eval: --logdir {config.logdir} has no checkpoint.pt")
     device, agent, counters = load_agent(config)
     envs = make_game(config, 1, counters["steps"], 2)
-    scores, lengths = zip(*evaluate(agent, envs, config.eval_episodes, device))
-    print(f"{len(scores)} episodes: mean score {np.mean(scores):.2f}, median"
-          f" {np.median(scores):.2f}, standard deviation {np.std(scores):.2f},"
-          f" mean length {np.mean(lengths):.1f} decisions")
+    score, length = evaluate(agent, envs, config.eval_episodes, device).T
+    print(f"{len(score)} episodes: mean score {score.mean():.2f}, median"
+          f" {np.median(score):.2f}, standard deviation {score.std():.2f},"
+          f" mean length {length.mean():.1f} decisions")
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line."""
-
+    """argparse, but what it complains of is one line, like every other complaint."""
     def error(self, message):
-        """Called by argparse on bad flags."""
         raise UsageError(message)
-
-
-def number(text: str) -> int:
-    """A whole number, also as 5e7 or 50_000_000."""
-    if float(text) != int(float(text)):
-        raise ValueError(text)
-    return int(float(text))
 
 
 def flag(name: str) -> str:
@@ -1492,14 +1419,13 @@ def build_parser() -> Parser:
     for line in inspect.getsource(Config).splitlines():
         if title := re.fullmatch(r"    # (.+)", line):
             group = parser.add_argument_group(title[1])
-        elif field := re.fullmatch(r"    (\w+): .+?  # (.+)", line):
-            name, value = field[1], getattr(defaults, field[1])
-            kind = dict(type=number if isinstance(value, int) else type(value),
-                        metavar=type(value).__name__.upper())
-            if isinstance(value, bool):
-                kind = dict(action=argparse.BooleanOptionalAction)
-            group.add_argument(flag(name), default=argparse.SUPPRESS, **kind,
-                               help=f"{field[2]} (default: {value!r})")
+        elif field := re.fullmatch(r"    (\w+): (\w+) = .+?  # (.+)", line):
+            kind = {"int": dict(type=int, metavar="N"), "str": dict(metavar="NAME"),
+                    "float": dict(type=float, metavar="X"),
+                    "bool": dict(action=argparse.BooleanOptionalAction)}[field[2]]
+            group.add_argument(
+                flag(field[1]), default=argparse.SUPPRESS, **kind,
+                help=f"{field[3]} (default: {getattr(defaults, field[1])!r})")
     return parser
 
 
@@ -1514,20 +1440,15 @@ LIMITS = {
 
 def check(config: Config) -> None:
     """UsageError names the first flag whose value cannot work."""
+    rows = config.num_envs * config.seq_len  # a sequence for each environment
+    limits = LIMITS | {"replay_capacity": (rows, 10 ** 12), "prefill_steps": (
+        rows, 10 ** 12), "horizon": (1 + config.shifted_advantage, 10 ** 6)}
     for name, value in dataclasses.asdict(config).items():
-        if isinstance(value, (bool, str)):
-            continue
-        low, high = LIMITS.get(name, (1, 10 ** 12) if isinstance(value, int)
-                               else (1e-12, 1e12))
-        if not low <= value <= high:
-            raise UsageError(f"{flag(name)} {value}: must be from {low} to {high}")
-    rows = config.num_envs * config.seq_len
-    for name in ("prefill_steps", "replay_capacity"):
-        if getattr(config, name) < rows:
-            raise UsageError(f"{flag(name)} {getattr(config, name)}: one sequence of"
-                             f" each environment takes {rows}")
-    if config.horizon == 1 and config.shifted_advantage:
-        raise UsageError("--shifted-advantage needs --horizon 2 or more")
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            low, high = limits.get(
+                name, (1, 10 ** 12) if isinstance(value, int) else (1e-12, 1e12))
+            if not low <= value <= high:
+                raise UsageError(f"{flag(name)} {value}: must be from {low} to {high}")
 
 
 # What may change between two commands on one folder: it is not part of the experiment.
@@ -1541,9 +1462,7 @@ def parse_config(argv: list[str]) -> tuple[Config, bool]:
     given = vars(build_parser().parse_args(argv))
     evaluating, preset = given.pop("eval"), given.get("preset", "atari")
     if preset not in PRESETS:
-        near = difflib.get_close_matches(preset, PRESETS, 1, 0)[0]
-        raise UsageError(f"--preset {preset}: did you mean {near}? There are"
-                         f" {', '.join(PRESETS)}")
+        raise UsageError(f"--preset {preset} is none of {', '.join(PRESETS)}")
     config = Config(**(PRESETS[preset] | given))
     config.logdir = config.logdir or (
         f"runs/{plain_name(config.game)}-{config.preset}-seed{config.seed}")
@@ -1572,8 +1491,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"dreamerv2.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from the last checkpoint",
-              file=sys.stderr)
+        print("\nstopped; the same command goes on from the last checkpoint")
         return 130
     return 0
 
