@@ -5,12 +5,13 @@
 arXiv 2010.02193): a recurrent model with discrete latents learns from replayed frames
 to predict images, rewards and ends; actor and critic learn from what it imagines.
 
-    python dreamerv2.py --game Breakout                 # the paper's settings, one GPU
+    python dreamerv2.py --game Breakout         # looks dead for 20M frames (Pong: 2M)
     python dreamerv2.py --game Catch --preset small     # minutes on a laptop CPU
-    python dreamerv2.py --game Breakout --eval          # play with the trained agent
-    python -m doctest dreamerv2.py                      # the examples below, executed
+    python dreamerv2.py --game Breakout --eval  # any run's command, to play with it
+    python -m doctest dreamerv2.py              # the examples below, executed
 
-MAP. The algorithm is Parts 2 to 8; what a gradient step does is Agent.train_step.
+MAP. The algorithm is Parts 2 to 8; a gradient step is Agent.train_step. Each Part asks
+for a prediction; its examples answer.
     Part 1  | Configuration
     Part 2  | Gradient tricks (Alg. 1, 2)
     Part 3  | Networks
@@ -29,7 +30,8 @@ SHAPES. Time comes first, so x[t] is the paper's x with subscript t.
     B  sequences in a batch          50      K  classes of each latent      32
     N  start states, T*B           2500      D  units of the GRU state h   600
     H  imagined steps                15      F  feature [z, h], S*K + D   1624
-    A  actions                       18      C  image channels (gray)        1
+    A  actions                       18      E  embedded image            1536
+    N  in Parts 8-12: environments    1      C  image channels (gray)        1
 
 TIME. One row of experience is what the environment returns from one step. The action
 stored at t is the one that LED to image t, and the reward at t ARRIVED with it:
@@ -52,7 +54,7 @@ SYMBOLS.
     γ_t          discount[t]                discount; its target is γ·(1 - is_terminal)
     h_t          state.h                    deter
     z_t, ẑ_t     state.z                    stoch
-    (h_t, z_t)   state.feature              feat
+    (h_t, z_t)   state.feature, as [z, h]   feat
     q(z|h,x)     posterior                  post
     p(ẑ|h)       prior                      prior
     α, β         kl_balance, kl_scale       kl.balance, loss_scales.kl
@@ -79,7 +81,7 @@ flag that switches it or the test that holds it.
     D8  A sequence starts at any row and may cross episodes
         (is_first resets). Code: within one, ends favoured.     test_replay_is_uniform
     D9  torch's Adam epsilon. Code: TensorFlow's, larger early. test_parity_agent
-    D10 0 to 29 no-ops at a reset (ale-py). Code: 1 to 30.      --noops
+    D10 0 to 29 no-ops at a reset (ale-py). Code: 1 to 30.      --noops 31: 0 to 30
     D11 float32. Code: float16, with losses in float32.         test_precision
     D12 The slow critic is born as the critic's copy. Code:
         with random weights, for the first update.              test_slow_critic
@@ -134,7 +136,7 @@ class Config:
     num_envs: int = 1  # environments played side by side; paper: 1
     action_repeat: int = 4  # emulator frames per decision (Atari); paper: 4
     sticky: float = 0.25  # chance a frame keeps the last action (Atari); paper: 0.25
-    noops: int = 30  # no-op frames at reset are drawn below this (Atari); paper: 30
+    noops: int = 30  # no-op frames at reset are drawn below this (Atari) [D10]
     time_limit: int = 27_000  # decisions after which an episode is cut; 108 000 frames
     full_action_space: bool = True  # all 18 Atari actions; paper: yes [D6]
     # Replay and schedule
@@ -211,7 +213,7 @@ def straight_through_sample(logits: Tensor) -> Tensor:
 
     logits (..., K) -> (..., K), exactly one-hot, with the softmax's gradient: biased,
     but of little variance. The draw is Gumbel's: argmax(logits + noise) is distributed
-    as softmax(logits), and never makes the host wait, as torch.multinomial does.
+    as softmax(logits) and, unlike torch.multinomial, never makes the host wait.
 
     >>> _ = torch.manual_seed(0)
     >>> logits = torch.tensor([0.0, math.log(3.0)], requires_grad=True)   # probs ¼, ¾
@@ -232,8 +234,10 @@ def straight_through_sample(logits: Tensor) -> Tensor:
 def categorical_entropy(logits: Tensor) -> Tensor:
     """Entropy in nats over the last axis, (..., K) -> (...); at most ln K.
 
-    >>> (categorical_entropy(torch.zeros(18)) / math.log(18)).item()
-    1.0
+    >>> round(categorical_entropy(torch.zeros(18)).item(), 2)       # a policy at random
+    2.89
+    >>> round(32 * categorical_entropy(torch.zeros(32)).item(), 1)   # z at random
+    110.9
     """
     log_p = logits.log_softmax(-1)
     return -(log_p.exp() * log_p).sum(-1)
@@ -294,7 +298,7 @@ def balanced_kl(posterior: Tensor, prior: Tensor, alpha: float):
 
 def glorot_init(module: nn.Module) -> None:
     """Keras's initialisation, for `network.apply(glorot_init)`: uniform Glorot weights,
-    zero biases. torch's own weights are √3 smaller in square layers, biases random."""
+    zero biases. torch's own are smaller (by √3 in square layers), its biases random."""
     if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
         nn.init.xavier_uniform_(module.weight)
         nn.init.zeros_(module.bias)
@@ -312,7 +316,7 @@ def mlp(in_size: int, out_size: int, layers: int = 4, units: int = 400):
 
 
 class ConvEncoder(nn.Module):
-    """Images (..., C, 64, 64) -> embeddings (..., 32·depth).
+    """Images (N, ..., C, 64, 64) -> embeddings (N, ..., 32·depth).
 
     >>> encoder = ConvEncoder(1, depth=48)
     >>> encoder(torch.zeros(7, 1, 64, 64)).shape    # 64 -> 31 -> 14 -> 6 -> 2; 2·2·384
@@ -326,7 +330,7 @@ class ConvEncoder(nn.Module):
         self.net = nn.Sequential(*[
             m for i, o in zip(sizes, sizes[1:])
             for m in (nn.Conv2d(i, o, kernel_size=4, stride=2), nn.ELU(inplace=True))])
-        self.net.to(memory_format=torch.channels_last)  # only faster, on CPUs
+        self.net.to(memory_format=torch.channels_last)  # faster on CPUs, same numbers
 
     def forward(self, image: Tensor) -> Tensor:
         out = self.net(image.flatten(0, -4))
@@ -334,9 +338,9 @@ class ConvEncoder(nn.Module):
 
 
 class ConvDecoder(nn.Module):
-    """Features (..., F) -> mean images (..., C, 64, 64).
+    """Features (N, ..., F) -> mean images (N, ..., C, 64, 64).
 
-    The linear layer, with no activation, makes the 1×1 image that the others spread.
+    The linear layer makes a 1×1 image, without activation; the others grow it.
 
     >>> decoder = ConvDecoder(1624, 1, depth=48)
     >>> decoder(torch.zeros(7, 1624)).shape                 # 1 -> 5 -> 13 -> 30 -> 64
@@ -367,11 +371,11 @@ class LayerNormGRUCell(nn.Module):
         u  = σ(update - 1)
         h' = u · c + (1 - u) · h
 
-    x (..., I), h (..., D) -> h' (..., D). Three things differ from torch.nn.GRUCell:
+    x (..., input), h (..., D) -> h' (..., D). Three things differ from torch's GRUCell:
     the reset gate scales the candidate after the linear (input part included); the bias
     of -1 starts the cell slow to forget (u = σ(-1) = 0.27); and u weighs the NEW
     candidate. The norm is the model's only one; ε is Keras's 1e-3. Without it the gamer
-    mean falls from 11.33 to 5.95 (paper, Table 2).
+    mean falls from 11.33 to 5.95, the median does not (paper, Table 2).
 
     >>> cell = LayerNormGRUCell(2, 1)
     >>> for p in cell.parameters(): _ = nn.init.zeros_(p)   # all gates zero
@@ -404,7 +408,7 @@ class LayerNormGRUCell(nn.Module):
 #   action[t] ──┴─► GRU ─► h[t] ──┴─► posterior ─► z[t] ──► next step
 #      h[t-1] ──────┘        └──────► prior, trained towards the posterior
 #
-# In: embeddings (T, B, E), actions (T, B, A), resets (T, B). Out: states over (T, B).
+# In: embeddings (T, B, E), actions (T, B, A), is_first (T, B). Out: states (T, B, ...).
 # Predict: does the prior ever see the image of its own step?
 
 class State(NamedTuple):
@@ -529,8 +533,8 @@ class RSSM(nn.Module):
 
 
 # %% Part 5 | World model (Eq. 2)
-# All that is learned from real experience: the RSSM, an encoder that feeds it and three
-# heads that make it tell the truth.
+# All that is learned from real experience: the RSSM, an encoder that feeds it, and
+# three heads that predict image, reward and discount from its states.
 # In: a batch of rows (T, B, ...). Out: a loss, and states where imagination starts.
 # Predict: a decoder outputs the exact image. What is its negative log-likelihood?
 
@@ -590,9 +594,9 @@ class WorldModel(nn.Module):
                       -ln p(γ[t] | h[t], z[t]) + β KL(q(z | h[t], x[t]) ‖ p(z | h[t])) ]
 
         image (T, B, C, 64, 64) uint8, action (T, B, A), reward, is_first, is_terminal
-        (T, B) -> loss (scalar), posterior State over (T, B), metrics. Likelihoods are
-        summed over pixels and latents, then averaged over time and batch [D7], which is
-        why the image outweighs the rest: 4096 terms against one.
+        (T, B) -> loss (scalar), posterior State over (T, B), metrics. Summed over
+        pixels and latents, averaged over T and B [D7]: the image, 4096 terms against
+        one, outweighs the rest. Authors' code: the discount's term counts 5 times.
         """
         posterior, prior = self.rssm.observe(self.encode(image), action, is_first)
         feature = self.rssm.features(posterior)
@@ -652,8 +656,7 @@ def imagine(img_step, actor, start: State, horizon: int) -> tuple[Tensor, Tensor
     """
     state, features, actions = start, [start.feature], []
     for _ in range(horizon):
-        # Without the detach, dynamics gradients would also run through what the actor
-        # SEES: a longer way to the same action. Authors' code: the same stop.
+        # Without the detach, dynamics gradients would also run through what it SEES.
         action = straight_through_sample(actor(features[-1].detach()))
         state = img_step(state, action)
         features.append(state.feature)
@@ -672,7 +675,8 @@ def imagine(img_step, actor, start: State, horizon: int) -> tuple[Tensor, Tensor
 #
 # r[t] is received on ARRIVING in z[t], so V[t] and v(z[t]) both contain it, and it
 # cancels in the advantage V[t] - v(z[t]). What action a_t changes is z[t+1] and all
-# that follows; that part of V[t] is what it is praised or blamed for.
+# that follows; that part of V[t] is what it is praised or blamed for. The paper numbers
+# its states 1 .. H; here they are 0 .. H, one more, and both losses sum up to H - 1.
 # In: (H+1, N) tensors. Out: returns (H, N), and scalars to minimise.
 # Predict: rewards 1, 2, values 8, 4, 2, discounts ½: the returns with λ = ½?
 
@@ -688,7 +692,7 @@ def lambda_return(reward: Tensor, value: Tensor, discount: Tensor,
 
     >>> r, v = torch.tensor([1.0, 2.0]), torch.tensor([8.0, 4.0, 2.0])
     >>> g = torch.tensor([0.5, 0.5])
-    >>> lambda_return(r, v, g, 0.5).tolist()        # 2 + ½·2;  1 + ½·(½·4 + ½·3)
+    >>> lambda_return(r, v, g, 0.5).tolist()        # 1 + ½·(½·4 + ½·3),  2 + ½·2
     [2.75, 3.0]
     >>> lambda_return(r, v, g, 0.0).tolist()        # one step:   r[t] + γ v[t+1]
     [3.0, 3.0]
@@ -765,14 +769,14 @@ def actor_loss(logits: Tensor, action: Tensor, returns: Tensor, baseline: Tensor
     objective = reinforce_mix * log_prob * advantage + entropy_scale * entropy
     if reinforce_mix < 1:
         objective = objective + (1 - reinforce_mix) * returns
-    loss = -(weights.detach() * objective).mean()
+    loss = -(weights * objective).mean()
     return loss, dict(actor_loss=loss.detach(), actor_entropy=entropy.detach().mean(),
                       advantage=advantage.mean())
 
 
 # %% Part 8 | Agent (Eq. 3)
-# The actor a_t ~ p(a_t | z_t) and the critic v(z_t) ≈ E[V^λ_t] of [Eq. 3], both on the
-# full model state [z, h], and one gradient step of everything, on one screen.
+# The actor a_t ~ p(a_t | z_t) and the critic v(z_t) ≈ E Σ_{τ≥t} γ^{τ-t} r_τ [Eq. 3], on
+# the full model state [z, h], and one gradient step of everything, on one screen.
 # In: a batch of rows (T, B, ...). Out: weights that moved, and metrics.
 # Predict: AdamW's first step moves every weight by the same amount. Which?
 
@@ -791,8 +795,7 @@ class Optimizer:
     0.25
     """
 
-    def __init__(self, module: nn.Module, *, lr: float, eps: float, clip: float,
-                 decay: float):
+    def __init__(self, module, *, lr: float, eps: float, clip: float, decay: float):
         self.weights, self.clip = list(module.parameters()), clip
         self.adam = torch.optim.AdamW(
             self.weights, lr, eps=eps, weight_decay=decay / lr)
@@ -840,13 +843,10 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def act(self, image: Tensor, is_first: Tensor, memory=None, greedy: bool = False):
-        """One decision for N environments.
-
-        image (N, C, 64, 64) uint8, is_first (N,) bool, memory as returned by the call
-        before (None at the start) -> action (N, A) one-hot, memory = (state, action).
-        greedy takes the actor's mode, for evaluation; the latent is sampled all the
-        same, as in the authors' code.
-        """
+        """One decision for N environments: image (N, C, 64, 64) uint8, is_first (N,)
+        bool and the memory of the call before (None at first) -> action (N, A) one-hot,
+        memory. greedy takes the actor's mode, for evaluation; the latent is sampled all
+        the same, as in the authors' code."""
         if memory is None:
             state = self.world_model.rssm.initial(len(image))
             memory = state, state.h.new_zeros(len(image), self.num_actions)
@@ -890,7 +890,7 @@ class Agent(nn.Module):
         metrics |= more
 
         # 4. Actor: make good returns likelier. [Eq. 6]  actions[t+1] was chosen in
-        #    state t. With shift = 1 it is credited with V[t+1] instead of V[t] [D5].
+        #    state t. shift = 1 (--shifted-advantage) credits it with V[t+1] [D5].
         baseline = slow_value[:-1] if self.slow_baseline else value
         end = self.horizon - self.shift
         loss_of_actor, more = actor_loss(
@@ -907,8 +907,8 @@ class Agent(nn.Module):
         return metrics
 
     def copy_slow_critic(self) -> None:
-        """A hard copy every 100 updates, the first right after update 0. Without it the
-        critic would chase its own latest guess."""
+        """A hard copy every slow_every_updates, the first right after update 0. Without
+        a slow critic, the critic would chase its own latest guess."""
         if self.updates % self.slow_every_updates == 0:
             self.slow_critic.load_state_dict(self.critic.state_dict())
 
@@ -997,8 +997,8 @@ class Replay:
         written = int(self.written[0])
         oldest = max(0, written - self.length)
         if written - oldest < seq_len:
-            raise UsageError(f"the replay holds {written - oldest} rows for each"
-                             f" environment, fewer than --seq-len {seq_len}")
+            raise UsageError(f"the replay holds {written - oldest} rows of each"
+                             f" environment, and a sequence takes {seq_len}")
         start = self.random.integers(oldest, written - seq_len + 1, batch_size)
         env = self.random.integers(self.num_envs, size=batch_size)
         slots = (start + np.arange(seq_len)[:, None]) % self.length  # (T, B)
@@ -1011,9 +1011,8 @@ class Replay:
 
 
 # %% Part 10 | Environments
-# All that can be played, behind one interface: reset() and step(action) return a Row.
-# The emulators are ale-py's C++ vector environment, other games come through gymnasium,
-# and Catch is the smallest example of adding your own.
+# All that can be played, as rows: ale-py's C++ emulators, any Gymnasium game with
+# images, and Catch, the smallest example of adding your own.
 # In: one-hot actions (N, A). Out: rows.
 # Predict: how many rows does an episode of Catch take, from reset to reset?
 
@@ -1066,7 +1065,7 @@ class Envs:
 
     def __init__(self, vector_env, seed: int, frames_per_step: int = 1):
         actions, images = vector_env.single_action_space, vector_env.observation_space
-        if not isinstance(actions, gymnasium.spaces.Discrete):
+        if not isinstance(actions, gymnasium.spaces.Discrete) or actions.start != 0:
             raise UsageError(f"--game needs discrete actions; this game has {actions}")
         self.channels = 0
         if images.dtype == np.uint8 and len(images.shape) in (3, 4):
@@ -1096,7 +1095,7 @@ class Envs:
         observation, reward, terminated, truncated, _ = self.vector_env.step(
             action.argmax(-1).astype(np.int64))
         self.done = terminated | truncated
-        # Without `played` the first row would claim that the ignored action led to it.
+        # Without `played`, a first row would claim that the ignored action led to it.
         played = (~is_first).astype(np.float32)
         return Row(to_images(observation), action * played[:, None],
                    reward.astype(np.float32) * played, is_first, terminated)
@@ -1137,9 +1136,9 @@ def make_envs(game: str, num_envs: int = 1, seed: int = 0, *, action_repeat: int
     >>> bool(rows[7].is_first[0]), rows[7].action[0].tolist(), float(rows[7].reward[0])
     (True, [0.0, 0.0, 0.0], 0.0)
     """
-    # Four ROMs are for two players only, and would end the process.
-    from ale_py.roms import get_all_rom_ids
+    from ale_py.roms import get_all_rom_ids  # the algorithm above needs no emulator
     from ale_py.vector_env import AtariVectorEnv
+    # The four left out are for two players, and would end the process.
     roms = {plain_name(rom): rom for rom in get_all_rom_ids()
             if rom not in ("combat", "joust", "maze_craze", "warlords")}
     if plain_name(game) in roms:
@@ -1190,8 +1189,8 @@ class Metrics:
         self.count += 1
 
     def write(self, **counters) -> dict:
-        """Append totals, rates and means since the last line; start the next period.
-        episode_return and episode_length are null where no episode ended."""
+        """Append totals, and rates and means since the last line (the first one counts
+        the prefill in). episode_return is null where no episode ended."""
         now = counters | {"time": time.time()}
         seconds = max(now["time"] - self.before["time"], 1e-9)
         rates = {f"{k}_per_s": (now[k] - self.before[k]) / seconds
@@ -1257,10 +1256,10 @@ def save_checkpoint(path: Path, agent: Agent, counters: dict) -> None:
     os.replace(beside, path)
 
 
-def load_checkpoint(path: Path, agent: Agent, device) -> dict:
+def load_checkpoint(path: Path, agent: Agent) -> dict:
     """Restore the agent in place; returns the counters."""
     try:
-        saved = torch.load(path, map_location=device, weights_only=True)
+        saved = torch.load(path, map_location="cpu", weights_only=True)
         agent.load_state_dict(saved["agent"])
         for name, optimizer in agent.optimizers.items():
             optimizer.adam.load_state_dict(saved["optimizers"][name])
@@ -1273,6 +1272,7 @@ def load_checkpoint(path: Path, agent: Agent, device) -> dict:
 def load_agent(config: Config):
     """Device, agent, counters: from the last checkpoint, or new where there is none."""
     torch.manual_seed(config.seed)
+    torch.backends.cudnn.allow_tf32 = False  # float32 is float32 [D11]
     name = config.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -1285,15 +1285,15 @@ def load_agent(config: Config):
     agent = Agent(config, envs.num_actions, envs.channels).to(device)
     counters = dict(steps=0, episodes=0, time=0)
     if (path := Path(config.logdir, "checkpoint.pt")).exists():
-        counters = load_checkpoint(path, agent, device)
+        counters = load_checkpoint(path, agent)
     print(f"{config.game}, preset {config.preset}, float32 on {device}, in"
           f" {config.logdir}, {counters['steps']:,} decisions, {agent.updates} updates")
     return device, agent, counters
 
 
 def make_game(config: Config, num_envs: int, *seed: int) -> Envs:
-    """The config's game and rules. `seed` is decisions and purpose: a resumed run does
-    not play its first episodes again, nor an evaluation the training's."""
+    """The config's game and rules. `seed`: decisions so far and a number for the
+    purpose, so that no part of a run plays another's episodes again."""
     seed = int(np.random.default_rng((config.seed, *seed)).integers(2 ** 30))
     rules = ("action_repeat", "sticky", "noops", "time_limit", "full_action_space")
     return make_envs(config.game, num_envs, seed,
@@ -1312,16 +1312,15 @@ def cost_on_this_cpu(config: Config, envs: Envs) -> str:
         agent.train_step(batch)
         seconds = (time.time() - start) * config.batch_size / share
     updates = max(0, config.steps - config.prefill_steps) // config.steps_per_update
-    return (f"No CUDA device: a gradient step of this size takes about {seconds:.0f} s"
-            f" here; the run makes {updates:,}. --preset small suits a laptop.")
+    return (f"No CUDA device in use: a gradient step takes about {seconds:.1f} s here,"
+            f" and the run makes {updates:,}. --preset small suits a laptop. Going on.")
 
 
 def train(config: Config) -> None:
     """Play, remember, learn; goes on where the folder's last checkpoint stopped."""
     device, agent, counters = load_agent(config)
     if counters["steps"] >= config.steps:
-        print("nothing left to do: a larger --steps goes on")
-        return
+        return print("nothing left to do: a larger --steps goes on")
     envs = make_game(config, config.num_envs, counters["steps"], 0)
     if device.type == "cpu" and config.preset == "atari":
         print(cost_on_this_cpu(config, envs))
@@ -1411,8 +1410,7 @@ def build_parser() -> Parser:
     """One flag for each field of Config; its help is the comment beside the field."""
     parser = Parser(
         prog="dreamerv2.py", allow_abbrev=False,
-        description="DreamerV2. Trains unless told otherwise; goes on with the run that"
-                    " its folder holds, by that run's settings.")
+        description="DreamerV2. Trains, or goes on with the run that its folder holds.")
     parser.add_argument("--eval", action="store_true",
                         help="play with the trained agent instead of training")
     defaults, group = Config(), parser
@@ -1470,8 +1468,10 @@ def parse_config(argv: list[str]) -> tuple[Config, bool]:
     if path.exists():
         try:
             before = json.loads(path.read_text(encoding="utf-8"))
+            if plain_name(config.game) == plain_name(before["game"]):
+                given.pop("game", None)  # another spelling is no other game
             config = Config(**(before | given | {"logdir": config.logdir}))
-        except (OSError, ValueError, TypeError):
+        except (OSError, ValueError, TypeError, KeyError):
             raise UsageError(f"{path} is unreadable; choose another --logdir") from None
         for name in given:
             if given[name] != before[name] and name not in FREE_TO_CHANGE:
@@ -1491,7 +1491,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"dreamerv2.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from the last checkpoint")
+        print("\nstopped; the same command trains on from the last checkpoint")
         return 130
     return 0
 
