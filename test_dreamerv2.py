@@ -238,6 +238,9 @@ def test_precision():
     metrics = agent.train_step(random_batch())
     tensors = [*agent.state_dict().values(), *metrics.values()]
     assert {x.dtype for x in tensors} == {torch.float32}
+    torch.backends.cudnn.allow_tf32 = True  # torch's default: convolutions at 10 bits
+    d.load_agent(d.Config(**DEBUG, game="Catch", device="cpu"))
+    assert not torch.backends.cudnn.allow_tf32
 
 
 def test_metrics_are_finite_and_name_every_term():
@@ -754,10 +757,12 @@ def module_of(name):
     return next(m for m in MODULES if name.startswith((m + ".", f"world_model.{m}.")))
 
 
-def test_gradient_flow_table():
-    """Reinforce: the graph of each loss itself ends at the modules of FLOW. The optimisers'
-    own restriction is lifted here, so nothing else keeps them apart."""
-    agent, reached = tiny_agent(), {}
+@pytest.mark.parametrize("rho", [1.0, 0.5])
+def test_gradient_flow_table(rho):
+    """Which modules the graph of each loss touches, with the optimisers' own restriction
+    lifted. Reinforce: those of FLOW, so nothing else is needed to keep them apart. ρ < 1:
+    the actor's graph runs through the imagined future, but never into the encoder."""
+    agent, reached = tiny_agent(reinforce_mix=rho), {}
 
     class Everywhere:
         def __init__(self, name):
@@ -773,7 +778,44 @@ def test_gradient_flow_table():
 
     agent.optimizers = {name: Everywhere(name) for name in agent.optimizers}
     agent.train_step(random_batch())
-    assert reached == {k: set(v) for k, v in FLOW.items()}
+    future = {"rssm", "reward_head", "discount_head", "slow_critic"} if rho < 1 else set()
+    assert reached == {"model": set(FLOW["model"]), "critic": {"critic"},
+                       "actor": {"actor"} | future}
+
+
+def test_targets_and_weights_are_constants():
+    """No loss sends a gradient into what it is compared with."""
+    value, returns = torch.randn(2, 3).requires_grad_(), torch.randn(2, 3).requires_grad_()
+    d.critic_loss(value, returns, torch.ones(2, 3))[0].backward()
+    assert returns.grad is None and value.grad is not None
+    logits, baseline = torch.randn(2, 3, 4).requires_grad_(), returns
+    action = F.one_hot(torch.zeros(2, 3).long(), 4).float()
+    d.actor_loss(logits, action, returns, baseline, torch.ones(2, 3),
+                 entropy_scale=0.0)[0].backward()
+    assert returns.grad is None and logits.grad is not None
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_the_baseline_is_the_critic_that_the_flag_names(slow, monkeypatch):
+    agent, seen, real = tiny_agent(slow_baseline=slow), {}, d.actor_loss
+    nn.init.constant_(agent.slow_critic[-1].bias, 50.0)
+
+    def spy(logits, action, returns, baseline, *args, **kwargs):
+        seen["baseline"] = baseline.mean().item()
+        return real(logits, action, returns, baseline, *args, **kwargs)
+
+    monkeypatch.setattr(d, "actor_loss", spy)
+    agent.train_step(random_batch())
+    assert (seen["baseline"] > 40) == slow
+
+
+def test_free_nats_stop_the_kl_below_them():
+    agent, batch = tiny_agent(), random_batch()
+    for free_nats, learns in ((0.0, True), (1000.0, False)):
+        agent.zero_grad()
+        args = agent.model_loss_args | dict(free_nats=free_nats)
+        agent.world_model.loss(**batch, **args)[0].backward()
+        assert (agent.world_model.rssm.prior_out.weight.grad.abs().max() > 0) == learns
 
 
 @pytest.mark.parametrize("rho", [1.0, 0.5, 0.0])
@@ -790,6 +832,7 @@ def test_each_optimizer_moves_only_its_own(rho):
         moved = {module_of(k) for k, v in agent.state_dict().items()
                  if not torch.equal(v, before[k])}
         assert moved == set(FLOW[moving])
+    assert all(p.grad is None for p in agent.slow_critic.parameters())
 
 
 def test_imagination_starts_detached_and_ends_after_the_terminal():
@@ -929,6 +972,35 @@ def test_rows_are_aligned_on_a_counting_environment(tmp_path):
     assert (action[~first].sum(-1) == 1).all()
     assert torch.equal(action[~first].argmax(-1), seen[~first] % 10)
     assert torch.equal(batch["reward"][~first].long(), seen[~first] // 10 * 10)
+
+
+def test_a_resets_row_is_blank_whatever_the_library_returns():
+    envs = d.make_envs("Counting-v0")
+    rows, real = [envs.reset()], envs.vector_env.step
+
+    def step(action):
+        observation, reward, *rest = real(action)
+        return observation, reward + 7, *rest
+
+    envs.vector_env.step = step
+    rows += [envs.step(np.eye(5)[[2]]) for _ in range(5)]
+    assert [r.reward[0] for r in rows] == [0, 17, 27, 37, 47, 0]
+    assert [r.action.sum() for r in rows] == [0, 1, 1, 1, 1, 0]
+
+
+def test_a_player_remembers_and_keeps_the_score():
+    class Echo:
+        """Acts 1, and counts in its memory how often it was asked."""
+
+        def act(self, image, is_first, memory, greedy):
+            self.count = (memory or 0) + 1
+            return torch.eye(5)[[1]], self.count
+
+    echo, player, ended = Echo(), d.Player(d.make_envs("Counting-v0"), "cpu"), []
+    for _ in range(14):
+        ended += player.step(echo)
+    assert echo.count == 14
+    assert ended == [(100.0, 4)] * 3
 
 
 def test_the_first_action_reaches_the_environment():
@@ -1092,6 +1164,9 @@ def test_main_job(tmp_path):
         assert set(PROMISED) <= set(row)
         assert all(math.isfinite(v) for v in row.values())
     assert [r["step"] for r in rows] == [400, 600, 800]
+    written = int(np.load(tmp_path / "run" / "replay" / "written.npy")[0])
+    resets = written - 1 - rows[-1]["step"]  # rows that were no decisions
+    assert resets in (rows[-1]["episodes"] - 1, rows[-1]["episodes"]) and resets > 5
     assert rows[-1]["frames"] == 3200
     assert rows[-1]["updates"] == (800 - DEBUG["prefill_steps"]) // 4
     assert "eval_return" in rows[0] and "eval_return" in rows[-1]
@@ -1123,6 +1198,14 @@ def test_counters_with_several_environments(tmp_path):
     row = lines(tmp_path)[-1]
     assert 650 <= row["step"] <= 652
     assert row["updates"] == (row["step"] - DEBUG["prefill_steps"]) // 4
+
+
+def test_evaluation_is_a_mean_over_episodes(tmp_path, monkeypatch):
+    monkeypatch.setattr(d, "evaluate", lambda *_: np.array([[1.0, 10.0], [3.0, 40.0]]))
+    assert run("--game", "Catch", "--preset", "debug", "--logdir", tmp_path,
+               "--steps", 400) == 0
+    row = lines(tmp_path)[-1]
+    assert (row["eval_return"], row["eval_length"]) == (2.0, 25.0)
 
 
 def test_same_seed_same_numbers(tmp_path):
