@@ -97,6 +97,7 @@ import json
 import math
 import os
 import re
+import signal
 import sys
 import time
 from pathlib import Path
@@ -140,8 +141,8 @@ class Config:
     time_limit: int = 27_000  # decisions after which an episode is cut; 108 000 frames
     full_action_space: bool = True  # all 18 Atari actions; paper: yes [D6]
     # Replay and schedule
-    replay_capacity: int = 2_000_000  # rows kept, oldest dropped first; paper: 2e6
-    prefill_steps: int = 50_000  # random decisions before training; authors' code: 5e4
+    replay_capacity: int = 2_000_000  # rows kept, oldest dropped first; paper: 2M
+    prefill_steps: int = 50_000  # random decisions before training; authors' code: 50k
     steps_per_update: int = 4  # decisions per gradient step; paper: 4 [D1]
     batch_size: int = 50  # sequences, B; paper: 50 [D3]
     seq_len: int = 50  # steps of a sequence, T; paper: 50
@@ -175,7 +176,7 @@ class Config:
     weight_decay: float = 1e-6  # every weight shrinks by this share a step; paper: 1e-6
     # Logging
     log_every_steps: int = 2_500  # decisions between lines of metrics.jsonl
-    eval_every_steps: int = 100_000  # decisions between evaluations; authors' code: 1e5
+    eval_every_steps: int = 100_000  # decisions between evaluations; their code: 100k
     eval_episodes: int = 1  # episodes of an evaluation; authors' code: 1
     checkpoint_every_steps: int = 10_000  # decisions between checkpoints
 
@@ -956,16 +957,15 @@ class Replay:
 
     def __init__(self, directory, capacity: int, *, num_envs: int = 1,
                  image_shape=(1, 64, 64), action_dim: int = 18, seed: int = 0):
-        directory = Path(directory)
         layout = np.dtype([
             ("image", np.uint8, image_shape), ("action", np.float32, (action_dim,)),
             ("reward", np.float32), ("is_first", bool), ("is_terminal", bool)])
         self.num_envs, self.length = num_envs, capacity // num_envs
         shape = (num_envs, self.length)
         self.random = np.random.default_rng(seed)
-        rows, written = directory / "rows.npy", directory / "written.npy"
+        rows, written = Path(directory, "rows.npy"), Path(directory, "written.npy")
         if not written.exists():
-            directory.mkdir(parents=True, exist_ok=True)
+            rows.parent.mkdir(parents=True, exist_ok=True)
             np.lib.format.open_memmap(rows, "w+", layout, shape)
             if hasattr(os, "posix_fallocate"):  # a full disk shows now, not in a week
                 with open(rows, "r+b") as file:
@@ -1273,14 +1273,12 @@ def load_agent(config: Config):
     """Device, agent, counters: from the last checkpoint, or new where there is none."""
     torch.manual_seed(config.seed)
     torch.backends.cudnn.allow_tf32 = False  # float32 is float32 [D11]
-    name = config.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"--device {name} cannot be used: {reason}") from None
+    cuda = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    here = ["cpu", *cuda, *["mps"] * torch.backends.mps.is_available()]
+    name = dict(auto=[*cuda, "cpu"][0], cuda="cuda:0").get(config.device, config.device)
+    if name not in here:
+        raise UsageError(f"--device {config.device}: there are {', '.join(here)} here")
+    device = torch.device(name)
     envs = make_game(config, 1)
     agent = Agent(config, envs.num_actions, envs.channels).to(device)
     counters = dict(steps=0, episodes=0, time=0)
@@ -1303,10 +1301,8 @@ def make_game(config: Config, num_envs: int, *seed: int) -> Envs:
 def cost_on_this_cpu(config: Config, envs: Envs) -> str:
     """A warning; measures a gradient step on a tenth of the batch, times ten."""
     share = max(1, config.batch_size // 10)
-    zeros = torch.zeros(config.seq_len, share)
-    batch = dict(image=torch.zeros(*zeros.shape, envs.channels, 64, 64), reward=zeros,
-                 action=torch.zeros(*zeros.shape, envs.num_actions), is_first=zeros > 0,
-                 is_terminal=zeros > 0)
+    batch = {k: torch.from_numpy(v[:1]).expand(config.seq_len, share, *v.shape[1:])
+             for k, v in envs.reset()._asdict().items()}
     with torch.random.fork_rng():  # the run's random numbers stay as they are
         agent, start = Agent(config, envs.num_actions, envs.channels), time.time()
         agent.train_step(batch)
@@ -1324,30 +1320,31 @@ def train(config: Config) -> None:
     envs = make_game(config, config.num_envs, counters["steps"], 0)
     if device.type == "cpu" and config.preset == "atari":
         print(cost_on_this_cpu(config, envs))
-    logdir = Path(config.logdir)
-    replay = Replay(
-        logdir / "replay", config.replay_capacity, num_envs=config.num_envs,
-        image_shape=(envs.channels, 64, 64), action_dim=envs.num_actions,
-        seed=envs.seed)
+    replay = Replay(Path(config.logdir, "replay"), config.replay_capacity,
+                    num_envs=config.num_envs, image_shape=(envs.channels, 64, 64),
+                    action_dim=envs.num_actions, seed=envs.seed)
     print(f"replay: {replay.rows.nbytes / 1e9:.2f} GB on disk for"
           f" {config.replay_capacity:,} rows, {len(replay):,} filled")
-    (logdir / "config.json").write_text(
-        json.dumps(dataclasses.asdict(config), indent=1) + "\n", encoding="utf-8")
-    learn(config, logdir, device, agent, envs, replay, counters)
+    Path(config.logdir, "config.json").write_text(json.dumps(vars(config), indent=1))
+    learn(config, device, agent, envs, replay, counters)
 
 
-def learn(config: Config, logdir: Path, device, agent: Agent, envs: Envs,
-          replay: Replay, counters: dict) -> None:
-    """The loop: every decision makes a row, every few decisions a gradient step."""
+def learn(config, device, agent: Agent, envs: Envs, replay: Replay, counters) -> None:
+    """The loop: every decision makes a row, every few decisions a gradient step. Ctrl-C
+    ends it after the step in hand, with a checkpoint; a second one ends it at once."""
     frames, start = envs.frames_per_step, time.time() - counters["time"]
-    metrics = Metrics(logdir / "metrics.jsonl", updates=agent.updates,
+    metrics = Metrics(Path(config.logdir, "metrics.jsonl"), updates=agent.updates,
                       frames=counters["steps"] * frames)
-    player, evaluation = Player(envs, device), {}
+    player, evaluation, stop = Player(envs, device), {}, []
     replay.add(*player.row)
     bar = tqdm(total=config.steps, initial=counters["steps"], unit="step")
-    while counters["steps"] < config.steps:
+    signal.signal(signal.SIGINT, lambda *_: stop.append(  # and hand the next one back
+        signal.signal(signal.SIGINT, signal.default_int_handler)))
+    while counters["steps"] < config.steps and not stop:
         before = counters["steps"]
-        ended = player.step(None if before < config.prefill_steps else agent)
+        prefilling = before < config.prefill_steps
+        bar.set_description("random play" if prefilling else "training", refresh=False)
+        ended = player.step(None if prefilling else agent)
         replay.add(*player.row)
         metrics.episodes += ended
         steps = before + int((~player.row.is_first).sum())  # a reset is no decision
@@ -1378,15 +1375,18 @@ def learn(config: Config, logdir: Path, device, agent: Agent, envs: Envs,
             evaluation = {}
             bar.set_postfix({k: line[k] for k in (
                 "frames", "episode_return", "updates_per_s")})
-        if due(config.checkpoint_every_steps):
-            save_checkpoint(logdir / "checkpoint.pt", agent, counters)
+        if due(config.checkpoint_every_steps) or stop:
+            save_checkpoint(Path(config.logdir, "checkpoint.pt"), agent, counters)
     bar.close()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if stop:
+        raise KeyboardInterrupt
 
 
 def play(config: Config) -> None:
     """--eval: whole episodes with the agent of the run's folder; nothing is written."""
     if not Path(config.logdir, "checkpoint.pt").exists():
-        raise UsageError(f"--eval: --logdir {config.logdir} has no checkpoint.pt")
+        raise UsageError(f"--eval: there is no checkpoint.pt in {config.logdir}")
     device, agent, counters = load_agent(config)
     envs = make_game(config, 1, counters["steps"], 2)
     score, length = evaluate(agent, envs, config.eval_episodes, device).T
@@ -1487,7 +1487,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         config, evaluating = parse_config(sys.argv[1:] if argv is None else argv)
         (play if evaluating else train)(config)
-    except UsageError as error:
+    except (UsageError, OSError) as error:  # OSError: the disk or the folder
         print(f"dreamerv2.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -18,9 +18,10 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
-import textwrap
+import time
 from pathlib import Path
 
 import gymnasium
@@ -1192,6 +1193,25 @@ def test_run_resumes_without_a_burst(tmp_path, capsys):
     assert "mean score" in capsys.readouterr().out
 
 
+def test_ctrl_c_loses_nothing(tmp_path):
+    """SIGINT in the middle of training: status 130, and the checkpoint is of that moment."""
+    logdir = tmp_path / "run"
+    command = [sys.executable, HERE / "dreamerv2.py", "--game", "Catch", "--preset", "debug",
+               "--steps", "100000", "--checkpoint-every-steps", "100000", "--logdir", logdir]
+    job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (logdir / "metrics.jsonl").exists() and job.poll() is None:
+        time.sleep(0.05)
+    job.send_signal(signal.SIGINT)
+    out, _ = job.communicate(timeout=60)
+    assert job.returncode == 130 and "trains on" in out
+    saved = torch.load(logdir / "checkpoint.pt", weights_only=True)
+    steps, updates = saved["counters"]["steps"], saved["updates"]
+    assert steps >= lines(logdir)[-1]["step"]
+    assert updates == (steps - DEBUG["prefill_steps"]) // 4 > 0
+    assert run("--logdir", logdir, "--steps", steps + 40) == 0
+    assert lines(logdir)[-1]["updates"] == updates + 10
+
+
 def test_counters_with_several_environments(tmp_path):
     assert run("--game", "Catch", "--preset", "debug", "--logdir", tmp_path,
                "--num-envs", 3, "--steps", 650) == 0
@@ -1298,6 +1318,13 @@ def test_another_runs_folder_is_refused(tmp_path, capsys):
     assert err.count("\n") == 3 and "--gamma" in err and "checkpoint" in err
     (tmp_path / "checkpoint.pt").write_bytes(before[tmp_path / "checkpoint.pt"])
     assert before == {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+
+
+def test_a_folder_that_cannot_be_is_one_line(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert run("--game", "Catch", "--preset", "debug", "--logdir", tmp_path / "file") == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "file" in err
 
 
 def test_no_cuda_and_atari_says_what_it_costs(monkeypatch, capsys, tmp_path):
