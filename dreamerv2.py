@@ -31,7 +31,7 @@ SHAPES. Time comes first, so x[t] is the paper's x with subscript t.
     N  start states, T*B           2500      D  units of the GRU state h   600
     H  imagined steps                15      F  feature [z, h], S*K + D   1624
     A  actions                       18      E  embedded image            1536
-    N  in Parts 8-12: environments    1      C  image channels (gray)        1
+    N  in act, Parts 9-12: envs       1      C  image channels (gray)        1
 
 TIME. One row of experience is what the environment returns from one step. The action
 stored at t is the one that LED to image t, and the reward at t ARRIVED with it:
@@ -122,8 +122,7 @@ __version__ = "0.1.0"
 class Config:
     """The settings of a run. Each field is a flag, its comment is the flag's help.
 
-    >>> c = Config()
-    >>> (c.steps - c.prefill_steps) // c.steps_per_update     # gradient steps of a run
+    >>> (Config.steps - Config.prefill_steps) // Config.steps_per_update
     12487500
     """
     # Run
@@ -372,9 +371,9 @@ class LayerNormGRUCell(nn.Module):
         u  = σ(update - 1)
         h' = u · c + (1 - u) · h
 
-    x (..., input), h (..., D) -> h' (..., D). Three things differ from torch's GRUCell:
-    the reset gate scales the candidate after the linear (input part included); the bias
-    of -1 starts the cell slow to forget (u = σ(-1) = 0.27); and u weighs the NEW
+    x (..., input), h (..., D) -> h' (..., D). Beside the norm, three things differ from
+    torch's GRUCell: the reset gate scales all of the candidate, input part too; the
+    bias of -1 makes it slow to forget at first (u = σ(-1) = 0.27); u weighs the NEW
     candidate. The norm is the model's only one; ε is Keras's 1e-3. Without it the gamer
     mean falls from 11.33 to 5.95, the median does not (paper, Table 2).
 
@@ -779,7 +778,7 @@ def actor_loss(logits: Tensor, action: Tensor, returns: Tensor, baseline: Tensor
 # The actor a_t ~ p(a_t | z_t) and the critic v(z_t) ≈ E Σ_{τ≥t} γ^{τ-t} r_τ [Eq. 3], on
 # the full model state [z, h], and one gradient step of everything, on one screen.
 # In: a batch of rows (T, B, ...). Out: weights that moved, and metrics.
-# Predict: AdamW's first step moves every weight by the same amount. Which?
+# Predict: Adam's first step moves every weight by the same amount. Which?
 
 class Optimizer:
     """Adam with global-norm clipping and decoupled decay, for the weights it is given.
@@ -872,12 +871,12 @@ class Agent(nn.Module):
         #    The detach cuts behaviour off the encoder; only ρ < 1 needs gradients here.
         start = State(*(x.detach().flatten(0, 1) for x in posterior))  # (T, B) -> (N,)
         with torch.set_grad_enabled(self.actor_loss_args["reinforce_mix"] < 1):
-            features, actions = imagine(
+            features, actions = imagine(  # (H+1, N, F), (H+1, N, A)
                 self.world_model.rssm.img_step, self.actor, start, self.horizon)
             reward = self.world_model.predict_reward(features)
             discount = self.world_model.predict_discount(features)
             # The start state is a real one, so whether it was terminal is known.
-            # Without this line the agent learns from dreams of life after the end.
+            # Without this line a dead state's return counts a dream of life after it.
             true_discount = self.gamma * (1 - batch["is_terminal"].flatten().float())
             discount = torch.cat([true_discount[None], discount[1:]])
             slow_value = self.slow_critic(features).squeeze(-1)
@@ -992,7 +991,7 @@ class Replay:
         """Uniformly drawn sequences: a dict of Row's fields, time-major (T, B, ...).
 
         Starts are counted from the oldest row to the newest and only then turned into
-        slots: a sequence never straddles the write head, where newest meets oldest.
+        slots: a sequence may cross episodes [D8], never the write head.
         """
         written = int(self.written[0])
         oldest = max(0, written - self.length)
@@ -1079,21 +1078,21 @@ class Envs:
 
     def reset(self) -> Row:
         """The first row of N new episodes, from self.seed."""
-        observation, _ = self.vector_env.reset(seed=self.seed)
-        self.done = np.zeros(self.num_envs, bool)
+        images = to_images(self.vector_env.reset(seed=self.seed)[0])
         action = np.zeros((self.num_envs, self.num_actions), np.float32)
-        return Row(to_images(observation), action, action[:, 0], ~self.done, self.done)
+        reward = np.zeros(self.num_envs, np.float32)
+        self.done = np.zeros(self.num_envs, bool)
+        return Row(images, action, reward, ~self.done, self.done)
 
     def step(self, action: np.ndarray) -> Row:
         """Play one-hot actions (N, A). self.done: whose episode ended with this row."""
         action = np.asarray(action, np.float32)
         # The emulator must not see a bad action: ale-py hangs on one, deaf to Ctrl-C.
-        shape = (self.num_envs, self.num_actions)
-        if action.shape != shape or (np.sort(action) != np.eye(shape[1])[-1]).any():
+        shape, chosen = (self.num_envs, self.num_actions), action.argmax(-1)
+        if action.shape != shape or (action != np.eye(shape[1])[chosen]).any():
             raise ValueError(f"actions must be one-hot, of shape {shape}")
         is_first = self.done
-        observation, reward, terminated, truncated, _ = self.vector_env.step(
-            action.argmax(-1).astype(np.int64))
+        observation, reward, terminated, truncated, _ = self.vector_env.step(chosen)
         self.done = terminated | truncated
         # Without `played`, a first row would claim that the ignored action led to it.
         played = (~is_first).astype(np.float32)
@@ -1166,7 +1165,7 @@ def make_envs(game: str, num_envs: int = 1, seed: int = 0, *, action_repeat: int
         names |= {k: rom.title().replace("_", "") for k, rom in roms.items()}
         near = [names[k] for k in difflib.get_close_matches(plain_name(game), names)]
         hint = f"did you mean {', '.join(near)}?"
-        if not near or game in gymnasium.registry:  # the name is right, not the rest
+        if not near or not isinstance(error, gymnasium.error.UnregisteredEnv):
             hint = str(error).splitlines()[0]
         raise UsageError(f"--game {game} cannot be played: {hint}") from None
 
@@ -1274,10 +1273,10 @@ def load_agent(config: Config):
     torch.manual_seed(config.seed)
     torch.backends.cudnn.allow_tf32 = False  # float32 is float32 [D11]
     cuda = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    here = ["cpu", *cuda, *["mps"] * torch.backends.mps.is_available()]
+    here = ["cpu", *cuda] + (["mps"] if torch.backends.mps.is_available() else [])
     name = dict(auto=[*cuda, "cpu"][0], cuda="cuda:0").get(config.device, config.device)
     if name not in here:
-        raise UsageError(f"--device {config.device}: there are {', '.join(here)} here")
+        raise UsageError(f"--device {config.device}: this host has {', '.join(here)}")
     device = torch.device(name)
     envs = make_game(config, 1)
     agent = Agent(config, envs.num_actions, envs.channels).to(device)
@@ -1289,10 +1288,10 @@ def load_agent(config: Config):
     return device, agent, counters
 
 
-def make_game(config: Config, num_envs: int, *seed: int) -> Envs:
-    """The config's game and rules. `seed`: decisions so far and a number for the
-    purpose, so that no part of a run plays another's episodes again."""
-    seed = int(np.random.default_rng((config.seed, *seed)).integers(2 ** 30))
+def make_game(config: Config, num_envs: int, *key: int) -> Envs:
+    """The config's game and rules. `key`, decisions so far and the purpose's number,
+    makes a seed of its own: no part of a run plays another's episodes again."""
+    seed = int(np.random.default_rng((config.seed, *key)).integers(2 ** 30))
     rules = ("action_repeat", "sticky", "noops", "time_limit", "full_action_space")
     return make_envs(config.game, num_envs, seed,
                      **{rule: getattr(config, rule) for rule in rules})
@@ -1338,8 +1337,12 @@ def learn(config, device, agent: Agent, envs: Envs, replay: Replay, counters) ->
     player, evaluation, stop = Player(envs, device), {}, []
     replay.add(*player.row)
     bar = tqdm(total=config.steps, initial=counters["steps"], unit="step")
-    signal.signal(signal.SIGINT, lambda *_: stop.append(  # and hand the next one back
-        signal.signal(signal.SIGINT, signal.default_int_handler)))
+    signal.signal(signal.SIGINT, lambda *_: (
+        stop.append(True), signal.signal(signal.SIGINT, signal.default_int_handler)))
+
+    def due(every: int) -> bool:
+        return steps // every > before // every or steps >= config.steps
+
     while counters["steps"] < config.steps and not stop:
         before = counters["steps"]
         prefilling = before < config.prefill_steps
@@ -1358,9 +1361,6 @@ def learn(config, device, agent: Agent, envs: Envs, replay: Replay, counters) ->
         for _ in range(owed):
             batch = replay.sample(config.batch_size, config.seq_len)
             metrics.add(agent.train_step({k: v.to(device) for k, v in batch.items()}))
-
-        def due(every: int) -> bool:
-            return steps // every > before // every or steps >= config.steps
 
         if due(config.eval_every_steps) and agent.updates:
             played = evaluate(agent, make_game(config, 1, steps, 1),
@@ -1390,7 +1390,7 @@ def play(config: Config) -> None:
     device, agent, counters = load_agent(config)
     envs = make_game(config, 1, counters["steps"], 2)
     score, length = evaluate(agent, envs, config.eval_episodes, device).T
-    print(f"{len(score)} episodes: mean score {score.mean():.2f}, median"
+    print(f"episodes: {len(score)}, mean score {score.mean():.2f}, median"
           f" {np.median(score):.2f}, standard deviation {score.std():.2f},"
           f" mean length {length.mean():.1f} decisions")
 
@@ -1472,12 +1472,12 @@ def parse_config(argv: list[str]) -> tuple[Config, bool]:
                 given.pop("game", None)  # another spelling is no other game
             config = Config(**(before | given | {"logdir": config.logdir}))
         except (OSError, ValueError, TypeError, KeyError):
-            raise UsageError(f"{path} is unreadable; choose another --logdir") from None
+            raise UsageError(f"{path} is unusable; choose another --logdir") from None
         for name in given:
-            if given[name] != before[name] and name not in FREE_TO_CHANGE:
+            if name not in FREE_TO_CHANGE and given[name] != before.get(name):
                 raise UsageError(
                     f"{flag(name)} {given[name]}: {config.logdir} holds a run with"
-                    f" {before[name]}; choose another --logdir")
+                    f" {before.get(name)}; choose another --logdir")
     check(config)
     return config, evaluating
 
@@ -1491,7 +1491,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"dreamerv2.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nstopped; the same command trains on from the last checkpoint")
+        print("\nstopped; training goes on from the last checkpoint, if there is one")
         return 130
     return 0
 

@@ -985,6 +985,8 @@ def test_a_resets_row_is_blank_whatever_the_library_returns():
 
     envs.vector_env.step = step
     rows += [envs.step(np.eye(5)[[2]]) for _ in range(5)]
+    for row in rows:
+        assert [x.dtype for x in row] == [np.uint8, np.float32, np.float32, bool, bool]
     assert [r.reward[0] for r in rows] == [0, 17, 27, 37, 47, 0]
     assert [r.action.sum() for r in rows] == [0, 1, 1, 1, 1, 0]
 
@@ -1203,7 +1205,7 @@ def test_ctrl_c_loses_nothing(tmp_path):
         time.sleep(0.05)
     job.send_signal(signal.SIGINT)
     out, _ = job.communicate(timeout=60)
-    assert job.returncode == 130 and "trains on" in out
+    assert job.returncode == 130 and "goes on" in out
     saved = torch.load(logdir / "checkpoint.pt", weights_only=True)
     steps, updates = saved["counters"]["steps"], saved["updates"]
     assert steps >= lines(logdir)[-1]["step"]
