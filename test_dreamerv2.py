@@ -1436,6 +1436,8 @@ def test_departures_name_a_flag_or_a_test_that_exists():
     text = d.__doc__[d.__doc__.index("DEPARTURES."):]
     items = re.split(r"^    D\d+ +", text, flags=re.M)[1:]
     assert len(items) == 12
+    readme = (HERE / "README.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| (D\d+) \|", readme, re.M) == [f"D{i}" for i in range(1, 13)]
     known = set(globals())
     for item in items:
         flags = re.findall(r"--(?:no-)?([a-z][a-z-]+)", item)
