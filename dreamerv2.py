@@ -11,7 +11,7 @@ to predict images, rewards and ends; actor and critic learn from what it imagine
     python -m doctest dreamerv2.py              # the examples below, executed
 
 MAP. The algorithm is Parts 2 to 8; a gradient step is Agent.train_step. Each Part asks
-for a prediction; its examples answer.
+for a prediction; its examples or comments answer.
     Part 1  | Configuration
     Part 2  | Gradient tricks (Alg. 1, 2)
     Part 3  | Networks
@@ -598,9 +598,9 @@ class WorldModel(nn.Module):
         pixels and latents, averaged over T and B [D7]: the image, 4096 terms against
         one, outweighs the rest. Authors' code: the discount's term counts 5 times.
         """
-        posterior, prior = self.rssm.observe(self.encode(image), action, is_first)
-        feature = self.rssm.features(posterior)
         target = self.preprocess(image)
+        posterior, prior = self.rssm.observe(self.encoder(target), action, is_first)
+        feature = self.rssm.features(posterior)
         mean = self.decoder(feature)
         assert mean.shape == image.shape, "the decoder must return the encoder's shape"
         image_loss = normal_nll(mean, target).sum((-3, -2, -1)).mean()
@@ -1441,7 +1441,7 @@ def check(config: Config) -> None:
     rows = config.num_envs * config.seq_len  # a sequence for each environment
     limits = LIMITS | {"replay_capacity": (rows, 10 ** 12), "prefill_steps": (
         rows, 10 ** 12), "horizon": (1 + config.shifted_advantage, 10 ** 6)}
-    for name, value in dataclasses.asdict(config).items():
+    for name, value in vars(config).items():
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             low, high = limits.get(
                 name, (1, 10 ** 12) if isinstance(value, int) else (1e-12, 1e12))
