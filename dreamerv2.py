@@ -12,18 +12,12 @@ to predict images, rewards and ends; actor and critic learn from what it imagine
 
 MAP. The algorithm is Parts 2 to 8; a gradient step is Agent.train_step. Each Part asks
 for a prediction; its examples or comments answer.
-    Part 1  | Configuration
-    Part 2  | Gradient tricks (Alg. 1, 2)
-    Part 3  | Networks
-    Part 4  | RSSM (Eq. 1)
-    Part 5  | World model (Eq. 2)
-    Part 6  | Imagination
-    Part 7  | Returns and losses (Eq. 4-6)
-    Part 8  | Agent (Eq. 3)
-    Part 9  | Replay
-    Part 10 | Environments
-    Part 11 | Looking
-    Part 12 | Running
+    Part 1  | Configuration                 Part 7  | Returns and losses (Eq. 4-6)
+    Part 2  | Gradient tricks (Alg. 1, 2)   Part 8  | Agent (Eq. 3)
+    Part 3  | Networks                      Part 9  | Replay
+    Part 4  | RSSM (Eq. 1)                  Part 10 | Environments
+    Part 5  | World model (Eq. 2)           Part 11 | Looking
+    Part 6  | Imagination                   Part 12 | Running
 
 SHAPES. Time comes first, so x[t] is the paper's x with subscript t.
     T  steps of a replayed sequence  50      S  latent variables            32
@@ -50,7 +44,6 @@ One decision is 4 emulator frames: 50M decisions are the paper's 200M frames.
 
 SYMBOLS.
     paper        here                       authors' code
-    x_t, r_t     image[t], reward[t]        obs['image'], obs['reward']
     γ_t          discount[t]                discount; its target is γ·(1 - is_terminal)
     h_t          state.h                    deter
     z_t, ẑ_t     state.z                    stoch
@@ -64,32 +57,31 @@ SYMBOLS.
     η            entropy_scale              actor_ent
     sg(x)        x.detach()                 tf.stop_gradient
 
-VOICES. "Paper:" is what the paper says; "Authors' code:" is what danijar/dreamerv2 does
-(commit 07d906e, version 2.2.0, unless another is named); "Here:" is our own choice.
-The paper's table gives the defaults; where it is silent, the authors' code does.
+VOICES. "Paper:" what it says; "Authors' code:" what danijar/dreamerv2 does (07d906e,
+version 2.2.0, unless another is named); "Here:" our own choice. The paper's table gives
+the defaults; where it is silent, the authors' code does.
 
-DEPARTURES. Where paper and code disagree (the paper wins) or we follow neither, and the
-flag that switches it or the test that holds it.
+DEPARTURES from paper or code; the flag that switches each or the test that holds it.
     D1  One gradient step per 4 decisions. Code: 16.            --steps-per-update 16
     D2  γ = 0.995, as in the paper's table. Code: 0.999.        --gamma 0.999
     D3  50 sequences a batch. Code: 16 (50 before 2.2.0).       --batch-size 16
     D4  The baseline is v(z_t) (Eq. 6). Code: the slow v(z_t).  --slow-baseline
-    D5  The advantage of a_t is V_t - v(z_t) (Eq. 6). Code:
-        V_{t+1} - v(z_t), with one state less.                  --shifted-advantage
+    D5  a_t's advantage is V_t - v(z_t). Code: V_{t+1} - v(z_t). --shifted-advantage
     D6  All 18 actions. Code: those that the game uses.         --no-full-action-space
     D7  Means where the paper writes sums, as in the code.      test_losses_are_means
-    D8  A sequence starts at any row and may cross episodes
-        (is_first resets). Code: within one, ends favoured.     test_replay_is_uniform
+    D8  A sequence starts at any row. Code: in one episode.     test_replay_is_uniform
     D9  torch's Adam epsilon. Code: TensorFlow's, larger early. test_parity_agent
     D10 0 to 29 no-ops at a reset (ale-py). Code: 1 to 30.      --noops 31: 0 to 30
-    D11 float32. Code: float16, with losses in float32.         test_precision
-    D12 The slow critic is born as the critic's copy. Code:
-        with random weights, for the first update.              test_slow_critic
+    D11 bfloat16 on CUDA, else float32. Code: float16.          --precision fp32
+    D12 The slow critic is born as a copy. Code: at random.     test_slow_critic
 """
 from __future__ import annotations
 
 import argparse
+import collections
+import contextlib
 import copy
+import ctypes
 import dataclasses
 import difflib
 import inspect
@@ -99,6 +91,7 @@ import os
 import re
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -108,6 +101,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 __version__ = "0.1.0"
@@ -132,6 +126,9 @@ class Config:
     logdir: str = ""  # folder of the run; empty: runs/GAME-PRESET-seedSEED
     seed: int = 0  # of weights, sampling and environments
     device: str = "auto"  # auto (CUDA, else CPU) | cuda | cuda:1 | mps | cpu
+    precision: str = "auto"  # auto (bf16 on CUDA, else fp32) | fp32 | tf32 | bf16 [D11]
+    cuda_graphs: bool = True  # on CUDA, replay recorded steps; no: launch every kernel
+    compile: bool = False  # torch.compile of the networks; needs a C++ compiler
     # Environment
     num_envs: int = 1  # environments played side by side; paper: 1
     action_repeat: int = 4  # emulator frames per decision (Atari); paper: 4
@@ -176,7 +173,7 @@ class Config:
     # Logging
     log_every_steps: int = 2_500  # decisions between lines of metrics.jsonl
     eval_every_steps: int = 100_000  # decisions between evaluations; their code: 100k
-    eval_episodes: int = 1  # episodes of an evaluation; authors' code: 1
+    eval_episodes: int = 1  # episodes of an evaluation, 0: none; authors' code: 1
     checkpoint_every_steps: int = 10_000  # decisions between checkpoints
 
 
@@ -223,8 +220,9 @@ def straight_through_sample(logits: Tensor) -> Tensor:
     >>> round(logits.grad[1].item(), 4)      # d probs[1] / d logits[1] = ¾·(1 - ¾)
     0.1875
     """
-    noise = -torch.empty_like(logits).exponential_().log()
-    sample = F.one_hot((logits + noise).argmax(-1), logits.shape[-1]).to(logits.dtype)
+    gumbel = -torch.log(-torch.log(torch.rand_like(logits)))
+    index = (logits + gumbel).argmax(-1, keepdim=True)
+    sample = torch.zeros_like(logits).scatter_(-1, index, 1.0)
     probs = logits.softmax(-1)
     # Without the two probs the sample is a constant: no loss would reach the encoder
     # through z. In brackets they cancel exactly, so the value stays one-hot.
@@ -311,8 +309,11 @@ def mlp(in_size: int, out_size: int, layers: int = 4, units: int = 400):
     1138418
     """
     sizes = [in_size] + [units] * layers
-    hidden = [m for i, o in zip(sizes, sizes[1:]) for m in (nn.Linear(i, o), nn.ELU())]
-    return nn.Sequential(*hidden, nn.Linear(sizes[-1], out_size))
+    hidden = [m for i, o in zip(sizes, sizes[1:])
+              for m in (nn.Linear(i, o), nn.ELU(inplace=True))]
+    network = nn.Sequential(*hidden, nn.Linear(sizes[-1], out_size))
+    network.register_forward_hook(lambda *call: call[-1].float())  # under autocast too
+    return network
 
 
 class ConvEncoder(nn.Module):
@@ -358,9 +359,13 @@ class ConvDecoder(nn.Module):
         self.net.to(memory_format=torch.channels_last)
 
     def forward(self, feature: Tensor) -> Tensor:
-        out = self.linear(feature).flatten(0, -2)
-        out = self.net(out[:, :, None, None])
-        return out.reshape(*feature.shape[:-1], *out.shape[1:])
+        # From a 1×1 image a transposed convolution is a matrix product, one for each of
+        # 5×5 places. Written as one, it takes a quarter of the time on a CPU.
+        weight, bias = self.net[0].weight.permute(0, 2, 3, 1), self.net[0].bias
+        out = self.linear(feature).flatten(0, -2) @ weight.flatten(1)
+        out = out.unflatten(-1, weight.shape[1:]).permute(0, 3, 1, 2)
+        out = self.net[1:](out + bias[:, None, None])
+        return out.reshape(*feature.shape[:-1], *out.shape[1:]).float()
 
 
 class LayerNormGRUCell(nn.Module):
@@ -389,7 +394,7 @@ class LayerNormGRUCell(nn.Module):
         self.norm = nn.LayerNorm(3 * hidden_size, eps=1e-3)
 
     def forward(self, x: Tensor, h: Tensor) -> Tensor:
-        gates = self.norm(self.linear(torch.cat([x, h], -1)))
+        gates = self.norm(self.linear(torch.cat([x, h], -1)).float())
         reset, candidate, update = gates.chunk(3, -1)
         candidate = torch.tanh(torch.sigmoid(reset) * candidate)
         # Without the -1 half of h is overwritten at every step from the start.
@@ -438,6 +443,7 @@ class RSSM(nn.Module):
     >>> rssm.features(posterior).shape                                   # 3·4 + 8
     torch.Size([5, 6, 20])
     """
+    features = staticmethod(State.feature.fget)  # features(state) is state.feature
 
     def __init__(self, action_dim: int, embed_dim: int, num_latents: int = 32,
                  num_classes: int = 32, deter_size: int = 600, hidden_size: int = 600):
@@ -459,11 +465,6 @@ class RSSM(nn.Module):
         z = h.new_zeros(n, *self.latent_shape)
         return State(h, z, z)
 
-    @staticmethod
-    def features(state: State) -> Tensor:
-        """The model state as one vector, (..., F): state.feature."""
-        return state.feature
-
     def recurrent(self, state: State, action: Tensor) -> Tensor:
         """h[t] = f(h[t-1], z[t-1], action[t]), (N, D)."""
         x = F.elu(self.img_in(torch.cat([state.z.flatten(-2), action], -1)))
@@ -471,7 +472,8 @@ class RSSM(nn.Module):
 
     def prior_logits(self, h: Tensor) -> Tensor:
         """Logits of p(ẑ[t] | h[t]), (..., D) -> (..., S, K)."""
-        return self.prior_out(F.elu(self.prior_in(h))).unflatten(-1, self.latent_shape)
+        logits = self.prior_out(F.elu(self.prior_in(h))).float()
+        return logits.unflatten(-1, self.latent_shape)
 
     def img_step(self, state: State, action: Tensor) -> State:
         """One step without an image: z comes from the prior. action (N, A)."""
@@ -481,17 +483,15 @@ class RSSM(nn.Module):
 
     def obs_step(self, state: State, action: Tensor, embed: Tensor,
                  is_first: Tensor) -> State:
-        """One step with an image: z comes from the posterior.
-
-        state of t-1; action (N, A) that led here; embed (N, E) and is_first (N,) of t.
-        Where is_first, state and action are zeroed: the step is a fresh start.
-        """
+        """One step with an image: z comes from the posterior. state of t-1; action
+        (N, A) that led here; embed (N, E) and is_first (N,) of t. Where is_first, state
+        and action are zeroed: the step is a fresh start."""
         # Without this mask a new episode would go on with the old one's memory.
         keep = (~is_first).to(embed.dtype)[:, None]
         fresh = State(state.h * keep, state.z * keep[:, None], state.logits)
         h = self.recurrent(fresh, action * keep)
         logits = self.post_out(F.elu(self.post_in(torch.cat([h, embed], -1))))
-        logits = logits.unflatten(-1, self.latent_shape)
+        logits = logits.float().unflatten(-1, self.latent_shape)
         return State(h, straight_through_sample(logits), logits)
 
     def observe(self, embeds: Tensor, actions: Tensor, is_first: Tensor,
@@ -524,7 +524,7 @@ class RSSM(nn.Module):
             x = F.elu(F.linear(z * keep[t], z_weight) + from_action[t])
             h = self.cell(x, h * keep[t])
             logits = self.post_out(F.elu(F.linear(h, h_weight) + from_embed[t]))
-            logits = logits.unflatten(-1, self.latent_shape)
+            logits = logits.float().unflatten(-1, self.latent_shape)
             z = straight_through_sample(logits).flatten(-2)
             steps.append((h, z, logits))
         h, z, logits = (torch.stack(x) for x in zip(*steps))
@@ -555,13 +555,11 @@ def normal_nll(mean: Tensor, target: Tensor) -> Tensor:
 class WorldModel(nn.Module):
     """Encoder, RSSM, image, reward and discount heads, and their loss. [Eq. 2]"""
 
-    def __init__(self, action_dim: int, channels: int = 1, *, num_latents: int = 32,
-                 num_classes: int = 32, deter_size: int = 600, hidden_size: int = 600,
-                 cnn_depth: int = 48, mlp_layers: int = 4, mlp_units: int = 400):
+    def __init__(self, action_dim: int, channels: int = 1, *, cnn_depth: int = 48,
+                 mlp_layers: int = 4, mlp_units: int = 400, **rssm_sizes: int):
         super().__init__()
         self.encoder = ConvEncoder(channels, cnn_depth)
-        self.rssm = RSSM(action_dim, self.encoder.embed_dim, num_latents, num_classes,
-                         deter_size, hidden_size)
+        self.rssm = RSSM(action_dim, self.encoder.embed_dim, **rssm_sizes)
         size = self.rssm.feature_size
         self.decoder = ConvDecoder(size, channels, cnn_depth)
         self.reward_head = mlp(size, 1, mlp_layers, mlp_units)
@@ -571,10 +569,6 @@ class WorldModel(nn.Module):
     def preprocess(image: Tensor) -> Tensor:
         """uint8 pixels -> float32 in [-½, ½], what encoder and decoder speak."""
         return image.float() / 255 - 0.5
-
-    def encode(self, image: Tensor) -> Tensor:
-        """uint8 images (..., C, 64, 64) -> embeddings (..., E)."""
-        return self.encoder(self.preprocess(image))
 
     def predict_reward(self, feature: Tensor) -> Tensor:
         """Mean reward on arriving in a state, (..., F) -> (...), as tanh(r)."""
@@ -674,9 +668,8 @@ def imagine(img_step, actor, start: State, horizon: int) -> tuple[Tensor, Tensor
 #     returns      V[0]      V[1]      V[2]         V[H-1]      V[H] = v(z[H])
 #
 # r[t] is received on ARRIVING in z[t], so V[t] and v(z[t]) both contain it, and it
-# cancels in the advantage V[t] - v(z[t]). What action a_t changes is z[t+1] and all
-# that follows; that part of V[t] is what it is praised or blamed for. The paper numbers
-# its states 1 .. H; here they are 0 .. H, one more, and both losses sum up to H - 1.
+# cancels in the advantage V[t] - v(z[t]): a_t is praised or blamed for what follows it.
+# The paper numbers its states 1 .. H; here they are 0 .. H; both losses end at H - 1.
 # In: (H+1, N) tensors. Out: returns (H, N), and scalars to minimise.
 # Predict: rewards 1, 2, values 8, 4, 2, discounts ½: the returns with λ = ½?
 
@@ -798,7 +791,8 @@ class Optimizer:
     def __init__(self, module, *, lr: float, eps: float, clip: float, decay: float):
         self.weights, self.clip = list(module.parameters()), clip
         self.adam = torch.optim.AdamW(
-            self.weights, lr, eps=eps, weight_decay=decay / lr)
+            self.weights, lr, eps=eps, weight_decay=decay / lr, fused=True,
+            capturable=self.weights[0].is_cuda)  # its step count in the CUDA graph too
 
     def step(self, loss: Tensor) -> Tensor:
         """Minimise `loss` by one step; returns the gradient's norm before clipping."""
@@ -811,12 +805,53 @@ class Optimizer:
         return norm
 
 
+class CudaGraph:
+    """Plays a function back on the GPU as one recording, where Python would launch its
+    thousands of small kernels one by one, slower than the GPU runs them.
+
+    function: dict of tensors -> dict of tensors; it reads no number back. For each set
+    of options and shapes three calls run plainly (libraries choose algorithms, Adam
+    makes its moments), the fourth records, which computes nothing, and plays. Inputs
+    are copied in, outputs copied out; random numbers go on from replay to replay.
+    """
+
+    def __init__(self, function):
+        self.function, self.stream = function, torch.cuda.Stream()
+        self.calls, self.graphs = collections.Counter(), {}
+
+    def __call__(self, inputs: dict[str, Tensor], **options) -> dict[str, Tensor]:
+        key = (*options.items(), *((k, v.shape) for k, v in inputs.items()))
+        self.calls[key] += 1
+        if self.calls[key] <= 3:
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                outputs = self.function(inputs, **options)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return outputs
+        if key not in self.graphs:
+            fixed = {name: value.clone() for name, value in inputs.items()}
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=self.stream):
+                self.graphs[key] = graph, fixed, self.function(fixed, **options)
+        graph, fixed, outputs = self.graphs[key]
+        for name, value in inputs.items():
+            fixed[name].copy_(value)
+        graph.replay()
+        return {name: value.clone() for name, value in outputs.items()}
+
+
 class Agent(nn.Module):
     """World model, actor, critic, slow critic, and their three optimisers."""
 
-    def __init__(self, config: Config, num_actions: int, channels: int = 1):
+    def __init__(self, config: Config, num_actions: int, channels: int = 1,
+                 device: torch.device | str = "cpu"):
         super().__init__()
         c, self.num_actions, self.updates = config, num_actions, 0
+        self.device, self.precision = torch.device(device), c.precision
+        on_gpu = self.device.type == "cuda"
+        if self.precision == "auto":
+            has_bf16 = on_gpu and torch.cuda.is_bf16_supported(False)
+            self.precision = "bf16" if has_bf16 else "fp32"
         self.world_model = WorldModel(
             num_actions, channels, num_latents=c.num_latents, num_classes=c.num_classes,
             deter_size=c.deter_size, hidden_size=c.hidden_size, cnn_depth=c.cnn_depth,
@@ -826,13 +861,13 @@ class Agent(nn.Module):
         self.critic = mlp(size, 1, c.mlp_layers, c.mlp_units)
         self.apply(glorot_init)
         self.slow_critic = copy.deepcopy(self.critic)
+        self.to(self.device)
         self.model_loss_args = dict(
             gamma=c.gamma, kl_scale=c.kl_scale, kl_balance=c.kl_balance,
             discount_scale=c.discount_scale, free_nats=c.free_nats)
         self.actor_loss_args = dict(
             entropy_scale=c.entropy_scale, reinforce_mix=c.reinforce_mix)
-        self.horizon, self.gamma, self.return_lambda = (
-            c.horizon, c.gamma, c.return_lambda)
+        self.horizon, self.gamma, self.lambda_ = c.horizon, c.gamma, c.return_lambda
         self.slow_every_updates, self.slow_baseline, self.shift = (
             c.slow_every_updates, c.slow_baseline, int(c.shifted_advantage))
         shared = dict(eps=c.adam_eps, clip=c.grad_clip, decay=c.weight_decay)
@@ -840,6 +875,18 @@ class Agent(nn.Module):
             model=Optimizer(self.world_model, lr=c.model_lr, **shared),
             actor=Optimizer(self.actor, lr=c.actor_lr, **shared),
             critic=Optimizer(self.critic, lr=c.critic_lr, **shared))
+        if c.compile:  # the GRU, not the scan around it: that takes minutes to build
+            self.world_model.rssm.cell.compile()
+        if c.cuda_graphs and on_gpu:
+            self.gradient_step = CudaGraph(self.gradient_step)
+            self.decide = CudaGraph(self.decide)
+
+    def autocast(self):
+        """bf16: layers multiply in bfloat16; weights, h, logits, losses stay float32.
+        Its casts of the weights are kept until it ends: so within one `with` no
+        optimiser may step, nor the gradient mode change."""
+        return torch.autocast(self.device.type, torch.bfloat16,
+                              enabled=self.precision == "bf16")
 
     @torch.no_grad()
     def act(self, image: Tensor, is_first: Tensor, memory=None, greedy: bool = False):
@@ -848,69 +895,77 @@ class Agent(nn.Module):
         memory. greedy takes the actor's mode, for evaluation; the latent is sampled all
         the same, as in the authors' code."""
         if memory is None:
-            state = self.world_model.rssm.initial(len(image))
-            memory = state, state.h.new_zeros(len(image), self.num_actions)
-        embed = self.world_model.encode(image)
-        state = self.world_model.rssm.obs_step(*memory, embed, is_first)
-        logits = self.actor(state.feature)
+            memory = self.world_model.rssm.initial(len(image))._asdict()
+            memory["action"] = memory["h"].new_zeros(len(image), self.num_actions)
+        inputs = memory | dict(image=image, is_first=is_first)
+        memory = self.decide(inputs, greedy=greedy)
+        return memory["action"], memory
+
+    def decide(self, inputs: dict[str, Tensor], *, greedy: bool) -> dict[str, Tensor]:
+        """act, from tensors to tensors, so that a CUDA graph can hold it."""
+        model, last = self.world_model, State(*(inputs[k] for k in State._fields))
+        with self.autocast():
+            embed = model.encoder(model.preprocess(inputs["image"]))
+            state = model.rssm.obs_step(
+                last, inputs["action"], embed, inputs["is_first"])
+            logits = self.actor(state.feature)
         action = (F.one_hot(logits.argmax(-1), self.num_actions).float() if greedy
                   else straight_through_sample(logits))
-        return action, (state, action)
+        return state._asdict() | dict(action=action)
 
     def train_step(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """One gradient step of world model, actor and critic: the whole algorithm.
+        """One update: the rows of Replay.sample (T, B, ...) -> metrics, scalars on the
+        device. Every slow_every_updates, the first time after update 0, the slow critic
+        becomes a copy: without it, the critic would chase its own latest guess."""
+        metrics = self.gradient_step(batch)  # on a GPU, a CUDA graph of it
+        if self.updates % self.slow_every_updates == 0:
+            self.slow_critic.load_state_dict(self.critic.state_dict())  # in place
+        self.updates += 1
+        return metrics
 
-        batch: the rows of Replay.sample, (T, B, ...) -> metrics, scalars on the device.
-        """
+    def gradient_step(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """One gradient step of world model, actor and critic: the whole algorithm."""
         # 1. World model: learn to predict what happened. [Eq. 2]
-        loss, posterior, metrics = self.world_model.loss(
-            **batch, **self.model_loss_args)
+        with self.autocast():
+            loss, posterior, metrics = self.world_model.loss(
+                **batch, **self.model_loss_args)
         metrics["model_grad_norm"] = self.optimizers["model"].step(loss)
 
         # 2. Imagine H steps from every posterior state, with the model just updated.
         #    The detach cuts behaviour off the encoder; only ρ < 1 needs gradients here.
         start = State(*(x.detach().flatten(0, 1) for x in posterior))  # (T, B) -> (N,)
-        with torch.set_grad_enabled(self.actor_loss_args["reinforce_mix"] < 1):
+        dynamics = self.actor_loss_args["reinforce_mix"] < 1
+        with self.autocast(), torch.set_grad_enabled(dynamics):
             features, actions = imagine(  # (H+1, N, F), (H+1, N, A)
                 self.world_model.rssm.img_step, self.actor, start, self.horizon)
-            reward = self.world_model.predict_reward(features)
-            discount = self.world_model.predict_discount(features)
+            reward = self.world_model.predict_reward(features[:-1])
+            discount = self.world_model.predict_discount(features[1:-1])
             # The start state is a real one, so whether it was terminal is known.
             # Without this line a dead state's return counts a dream of life after it.
             true_discount = self.gamma * (1 - batch["is_terminal"].flatten().float())
-            discount = torch.cat([true_discount[None], discount[1:]])
+            discount = torch.cat([true_discount[None], discount])
             slow_value = self.slow_critic(features).squeeze(-1)
-            returns = lambda_return(reward, slow_value, discount, self.return_lambda)
-        weights = trajectory_weights(discount.detach())[:-1]
+            returns = lambda_return(reward, slow_value, discount, self.lambda_)
+            weights = trajectory_weights(discount.detach())
 
         # 3. Critic: predict the returns. [Eq. 5]  State H only bootstraps.
-        states = features[:-1].detach()
-        value = self.critic(states).squeeze(-1)
+        states, end = features[:-1].detach(), self.horizon - self.shift
+        with self.autocast():
+            value, policy = self.critic(states).squeeze(-1), self.actor(states[:end])
         loss_of_critic, more = critic_loss(value, returns, weights)
         metrics |= more
 
         # 4. Actor: make good returns likelier. [Eq. 6]  actions[t+1] was chosen in
         #    state t. shift = 1 (--shifted-advantage) credits it with V[t+1] [D5].
         baseline = slow_value[:-1] if self.slow_baseline else value
-        end = self.horizon - self.shift
         loss_of_actor, more = actor_loss(
-            self.actor(states[:end]), actions[1:end + 1], returns[self.shift:],
-            baseline[:end], weights[:end], **self.actor_loss_args)
+            policy, actions[1:end + 1], returns[self.shift:], baseline[:end],
+            weights[:end], **self.actor_loss_args)
         metrics |= more
 
         metrics["actor_grad_norm"] = self.optimizers["actor"].step(loss_of_actor)
         metrics["critic_grad_norm"] = self.optimizers["critic"].step(loss_of_critic)
-
-        # 5. Slow critic, for the returns of the next updates.
-        self.copy_slow_critic()
-        self.updates += 1
         return metrics
-
-    def copy_slow_critic(self) -> None:
-        """A hard copy every slow_every_updates, the first right after update 0. Without
-        a slow critic, the critic would chase its own latest guess."""
-        if self.updates % self.slow_every_updates == 0:
-            self.slow_critic.load_state_dict(self.critic.state_dict())
 
 
 # %% Part 9 | Replay
@@ -924,12 +979,9 @@ class UsageError(Exception):
 
 
 class Row(NamedTuple):
-    """One moment of N environments, aligned as the header's TIME says.
-
-    The alignment contract: action and reward CAME WITH the image; on an episode's first
-    row both are zero. is_terminal means that the game ended; an episode cut by a time
-    limit ends without it, its last state still had a future.
-    """
+    """One moment of N environments, aligned as the header's TIME says: action, reward
+    CAME WITH the image; on an episode's first row both are zero. is_terminal means that
+    the game ended; one cut by a time limit ends without it, it still had a future."""
     image: np.ndarray  # (N, C, 64, 64) uint8
     action: np.ndarray  # (N, A) float32, one-hot
     reward: np.ndarray  # (N,) float32, raw
@@ -981,18 +1033,15 @@ class Replay:
 
     def add(self, image, action, reward, is_first, is_terminal) -> None:
         """Store one row of every environment; the arguments are the fields of Row."""
-        slot = int(self.written[0]) % self.length
         row = Row(image, action, reward, is_first, is_terminal)
         for name, value in row._asdict().items():
-            self.rows[name][:, slot] = value
+            self.rows[name][:, int(self.written[0]) % self.length] = value
         self.written[0] += 1  # last: a row exists once it is whole
 
     def sample(self, batch_size: int, seq_len: int) -> dict[str, Tensor]:
         """Uniformly drawn sequences: a dict of Row's fields, time-major (T, B, ...).
-
         Starts are counted from the oldest row to the newest and only then turned into
-        slots: a sequence may cross episodes [D8], never the write head.
-        """
+        slots: a sequence may cross episodes [D8], never the write head."""
         written = int(self.written[0])
         oldest = max(0, written - self.length)
         if written - oldest < seq_len:
@@ -1001,8 +1050,8 @@ class Replay:
         start = self.random.integers(oldest, written - seq_len + 1, batch_size)
         env = self.random.integers(self.num_envs, size=batch_size)
         slots = (start + np.arange(seq_len)[:, None]) % self.length  # (T, B)
-        rows = self.rows[env, slots]
-        batch = {name: torch.from_numpy(rows[name].copy()) for name in Row._fields}
+        batch = {name: torch.from_numpy(np.asarray(self.rows[name])[env, slots])
+                 for name in Row._fields}
         # The state before a sequence is unknown, so each starts as an episode does.
         # Without this line its first step would join an action to a state it never met.
         batch["is_first"][0] = True
@@ -1011,22 +1060,18 @@ class Replay:
 
 # %% Part 10 | Environments
 # All that can be played, as rows: ale-py's C++ emulators, any Gymnasium game with
-# images, and Catch, the smallest example of adding your own.
-# In: one-hot actions (N, A). Out: rows.
+# images, and Catch, the example of your own. In: one-hot actions (N, A). Out: rows.
 # Predict: how many rows does an episode of Catch take, from reset to reset?
 
 class Catch(gymnasium.Env):
     """A ball falls through an 8×8 board, a paddle catches it: learned in minutes.
 
-    Also the example of plugging in your own: any gymnasium.Env whose observations are
-    uint8 images (H, W), (H, W, 1) or (H, W, 3) will do. Register it under an id, and
-    `--game your_module:YourGame-v0` imports and plays it.
-
+    The example for your own, too: any gymnasium.Env with uint8 images (H, W), (H, W, 1)
+    or (H, W, 3), registered under an id: `--game your_module:YourGame-v0` plays it.
     Actions: left, stay, right. Reward when the ball lands: +1 caught, -1 missed.
 
     >>> env = Catch()
-    >>> int((env.reset(seed=0)[0] > 0).sum()) // 64   # cells in use: ball and paddle
-    2
+    >>> _ = env.reset(seed=0)
     >>> [env.step(1)[2] for _ in range(7)]    # it lands with the 7th step
     [False, False, False, False, False, False, True]
     """
@@ -1055,12 +1100,10 @@ class Catch(gymnasium.Env):
 
 
 class Envs:
-    """N copies of a game, in step, as rows.
-
-    Wraps any gymnasium vector environment that resets in the step AFTER an episode's
-    end (NEXT_STEP, the default): that step ignores its action and returns the next
-    episode's first image, a row with is_first, zero action and reward, no decision.
-    """
+    """N copies of a game, in step, as rows. Wraps any gymnasium vector environment that
+    resets in the step AFTER an episode's end (NEXT_STEP, the default): that step takes
+    no action and returns the next episode's first image, a row with is_first, zero
+    action and reward, no decision."""
 
     def __init__(self, vector_env, seed: int, frames_per_step: int = 1):
         actions, images = vector_env.single_action_space, vector_env.observation_space
@@ -1079,25 +1122,44 @@ class Envs:
     def reset(self) -> Row:
         """The first row of N new episodes, from self.seed."""
         images = to_images(self.vector_env.reset(seed=self.seed)[0])
+        self.vector_env.action_space.seed(self.seed)
+        self.totals = np.zeros((self.num_envs, 2))  # score and decisions so far
         action = np.zeros((self.num_envs, self.num_actions), np.float32)
         reward = np.zeros(self.num_envs, np.float32)
         self.done = np.zeros(self.num_envs, bool)
         return Row(images, action, reward, ~self.done, self.done)
 
     def step(self, action: np.ndarray) -> Row:
-        """Play one-hot actions (N, A). self.done: whose episode ended with this row."""
+        """Play one-hot actions (N, A). Then self.done: whose episode ended with this
+        row; self.ended: the (raw score, decisions) of those episodes."""
+        self.send(action)
+        return self.receive()
+
+    def send(self, action: np.ndarray) -> None:
+        """The first half of step: ale-py's emulators play on while the caller works."""
         action = np.asarray(action, np.float32)
         # The emulator must not see a bad action: ale-py hangs on one, deaf to Ctrl-C.
         shape, chosen = (self.num_envs, self.num_actions), action.argmax(-1)
         if action.shape != shape or (action != np.eye(shape[1])[chosen]).any():
             raise ValueError(f"actions must be one-hot, of shape {shape}")
-        is_first = self.done
-        observation, reward, terminated, truncated, _ = self.vector_env.step(chosen)
-        self.done = terminated | truncated
+        self.action, self.chosen = action, chosen
+        if hasattr(self.vector_env, "send"):
+            self.vector_env.send(chosen)
+
+    def receive(self) -> Row:
+        """The second half of step: the row that the sent actions led to."""
+        observation, reward, terminated, truncated, _ = (
+            self.vector_env.recv() if hasattr(self.vector_env, "send")
+            else self.vector_env.step(self.chosen))
+        is_first, self.done = self.done, terminated | truncated
         # Without `played`, a first row would claim that the ignored action led to it.
         played = (~is_first).astype(np.float32)
-        return Row(to_images(observation), action * played[:, None],
-                   reward.astype(np.float32) * played, is_first, terminated)
+        row = Row(to_images(observation), self.action * played[:, None],
+                  reward.astype(np.float32) * played, is_first, terminated)
+        self.totals += np.stack([row.reward, played], -1)
+        self.ended = self.totals[self.done].tolist()
+        self.totals[self.done] = 0
+        return row
 
 
 def to_images(observation: np.ndarray) -> np.ndarray:
@@ -1130,10 +1192,8 @@ def make_envs(game: str, num_envs: int = 1, seed: int = 0, *, action_repeat: int
     (2, 1, 64, 64)
     >>> stay = np.array([[0, 1, 0], [0, 1, 0]])
     >>> rows = [envs.step(stay) for _ in range(8)]   # 7 decisions and a reset
-    >>> [bool(row.is_terminal[0]) for row in rows]
-    [False, False, False, False, False, False, True, False]
-    >>> bool(rows[7].is_first[0]), rows[7].action[0].tolist(), float(rows[7].reward[0])
-    (True, [0.0, 0.0, 0.0], 0.0)
+    >>> [bool(row.is_terminal[0]) for row in rows[6:]], rows[7].action[0].tolist()
+    ([True, False], [0.0, 0.0, 0.0])
     """
     from ale_py.roms import get_all_rom_ids  # the algorithm above needs no emulator
     from ale_py.vector_env import AtariVectorEnv
@@ -1175,8 +1235,8 @@ def make_envs(game: str, num_envs: int = 1, seed: int = 0, *, action_repeat: int
 # Predict: why are the scalars summed on the device instead of being read at once?
 
 class Metrics:
-    """Means over a log period, one JSON object a line, read by pandas.read_json(path,
-    lines=True). `counters` are running totals, with at least updates and frames."""
+    """Means over a log period, one JSON object a line. `counters` are running totals,
+    with at least updates and frames."""
 
     def __init__(self, path: Path, **counters):
         self.path, self.before = path, counters | {"time": time.time()}
@@ -1189,7 +1249,7 @@ class Metrics:
 
     def write(self, **counters) -> dict:
         """Append totals, and rates and means since the last line (the first one counts
-        the prefill in). episode_return is null where no episode ended."""
+        the prefill in); null where no episode ended."""
         now = counters | {"time": time.time()}
         seconds = max(now["time"] - self.before["time"], 1e-9)
         rates = {f"{k}_per_s": (now[k] - self.before[k]) / seconds
@@ -1208,40 +1268,31 @@ class Metrics:
 # Playing, training, evaluating, saving. In: flags. Out: a run's folder, exit status.
 # Predict: a run is killed between two checkpoints. How many updates does it owe then?
 
-class Player:
-    """Plays row by row and keeps the score of each episode, raw."""
-
-    def __init__(self, envs: Envs, device):
-        self.envs, self.device, self.memory = envs, device, None
-        envs.vector_env.action_space.seed(envs.seed)
-        self.row = envs.reset()
-        self.score, self.length = np.zeros(envs.num_envs), np.zeros(envs.num_envs, int)
-
-    def step(self, agent: Agent | None, greedy: bool = False) -> list[tuple]:
-        """Play one row in every environment, at random if agent is None. The row is
-        then in self.row; returns (score, decisions) of each episode that it ended."""
-        if agent is None:
-            chosen = self.envs.vector_env.action_space.sample()
-            action = np.eye(self.envs.num_actions)[chosen]
-        else:
-            image, is_first = (torch.from_numpy(x).to(self.device)
-                               for x in (self.row.image, self.row.is_first))
-            action, self.memory = agent.act(image, is_first, self.memory, greedy)
-            action = action.cpu().numpy()
-        self.row = self.envs.step(action)
-        self.score += self.row.reward
-        self.length += ~self.row.is_first
-        done = self.envs.done
-        ended = list(zip(self.score[done].tolist(), self.length[done].tolist()))
-        self.score[done], self.length[done] = 0, 0
-        return ended
+def upload(arrays: dict, device: torch.device) -> dict[str, Tensor]:
+    """To the device; to a GPU from pinned memory, so that the host need not wait. torch
+    keeps that memory until the copy is done, so the arrays may change at once."""
+    tensors = {name: torch.as_tensor(value) for name, value in arrays.items()}
+    if device.type == "cuda":
+        tensors = {name: value.pin_memory() for name, value in tensors.items()}
+    return {k: v.to(device, non_blocking=True) for k, v in tensors.items()}
 
 
-def evaluate(agent: Agent, envs: Envs, episodes: int, device) -> np.ndarray:
+def choose(agent: Agent | None, envs: Envs, row: Row, memory, greedy: bool = False):
+    """What to do after a row, at random if agent is None: actions (N, A), memory."""
+    if agent is None:
+        return np.eye(envs.num_actions)[envs.vector_env.action_space.sample()], None
+    seen = upload(dict(image=row.image, is_first=row.is_first), agent.device)
+    action, memory = agent.act(**seen, memory=memory, greedy=greedy)
+    return action.cpu().numpy(), memory  # the one place where the host waits for a GPU
+
+
+def evaluate(agent: Agent, envs: Envs, episodes: int) -> np.ndarray:
     """Raw score and decisions (episodes, 2) of whole episodes of the actor's mode."""
-    player, ended = Player(envs, device), []
+    row, memory, ended = envs.reset(), None, []
     while len(ended) < episodes:
-        ended += player.step(agent, greedy=True)
+        action, memory = choose(agent, envs, row, memory, greedy=True)
+        row = envs.step(action)
+        ended += envs.ended
     return np.array(ended[:episodes])
 
 
@@ -1250,7 +1301,7 @@ def save_checkpoint(path: Path, agent: Agent, counters: dict) -> None:
     beside = path.with_suffix(".tmp")
     torch.save(dict(
         agent=agent.state_dict(), updates=agent.updates, counters=counters,
-        optimizers={k: o.adam.state_dict() for k, o in agent.optimizers.items()},
+        adam={k: o.adam.state_dict()["state"] for k, o in agent.optimizers.items()},
         version=__version__), beside)
     os.replace(beside, path)
 
@@ -1261,31 +1312,61 @@ def load_checkpoint(path: Path, agent: Agent) -> dict:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         agent.load_state_dict(saved["agent"])
         for name, optimizer in agent.optimizers.items():
-            optimizer.adam.load_state_dict(saved["optimizers"][name])
+            new = optimizer.adam.state_dict()  # its settings fit this device
+            optimizer.adam.load_state_dict(new | dict(state=saved["adam"][name]))
         agent.updates = saved["updates"]
         return saved["counters"]
     except Exception as error:  # torch raises many kinds, all mean the same
         raise UsageError(f"{path} is no usable checkpoint: {error!r:.60}") from None
 
 
-def load_agent(config: Config):
-    """Device, agent, counters: from the last checkpoint, or new where there is none."""
-    torch.manual_seed(config.seed)
-    torch.backends.cudnn.allow_tf32 = False  # float32 is float32 [D11]
+def pick_device(config: Config) -> torch.device:
+    """The device of --device; UsageError names those that are there."""
     cuda = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     here = ["cpu", *cuda] + (["mps"] if torch.backends.mps.is_available() else [])
     name = dict(auto=[*cuda, "cpu"][0], cuda="cuda:0").get(config.device, config.device)
     if name not in here:
         raise UsageError(f"--device {config.device}: this host has {', '.join(here)}")
-    device = torch.device(name)
-    envs = make_game(config, 1)
-    agent = Agent(config, envs.num_actions, envs.channels).to(device)
+    if config.precision == "tf32" and name not in cuda:
+        raise UsageError("--precision tf32: only CUDA devices have it")
+    return torch.device(name)
+
+
+def tune(device: torch.device, precision: str) -> None:
+    """Settings of the process that change speed: TF32 only if asked for, and on a CPU
+    two that save up to a third of a step, without a change beyond rounding."""
+    tf32 = precision == "tf32"
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
+    if device.type == "cpu" and sys.platform == "linux":
+        # Large tensors keep their memory: given back to the system (M_MMAP_MAX 0,
+        # M_TRIM_THRESHOLD high), it would come again page by page, a fault for each.
+        with contextlib.suppress(AttributeError):  # not every libc has it
+            mallopt = ctypes.CDLL(None).mallopt
+            mallopt(-4, 0), mallopt(-1, 2 ** 31 - 1)
+    if device.type == "cpu" and hasattr(torch.backends.mkldnn, "matmul"):
+        # Products by oneDNN; torch's default is slow on AMD. On CPUs with bf16 units
+        # this rounds, as its name says: so try, and keep it if the result is exact.
+        matmul, a = torch.backends.mkldnn.matmul, torch.rand(256, 256)
+        matmul.fp32_precision = "bf16"
+        if (a @ a - a.double() @ a.double()).abs().max() > 1e-3:
+            matmul.fp32_precision = "none"
+
+
+def load_agent(config: Config):
+    """Agent, counters: from the last checkpoint, or new where there is none."""
+    device, envs = pick_device(config), make_game(config, 1)
+    tune(device, config.precision)
+    torch.manual_seed(config.seed)
+    agent = Agent(config, envs.num_actions, envs.channels, device)
     counters = dict(steps=0, episodes=0, time=0)
     if (path := Path(config.logdir, "checkpoint.pt")).exists():
         counters = load_checkpoint(path, agent)
-    print(f"{config.game}, preset {config.preset}, float32 on {device}, in"
-          f" {config.logdir}, {counters['steps']:,} decisions, {agent.updates} updates")
-    return device, agent, counters
+    how = ["eager", "CUDA graphs"][isinstance(agent.decide, CudaGraph)]
+    print(f"{config.game}, preset {config.preset}, {agent.precision} on {device}, {how}"
+          f"{', compiled' * config.compile}, torch {torch.__version__}, "
+          f"{torch.get_num_threads()} threads; {config.logdir}: {counters['steps']:,}"
+          f" decisions, {agent.updates} updates")
+    return agent, counters
 
 
 def make_game(config: Config, num_envs: int, *key: int) -> Envs:
@@ -1297,48 +1378,59 @@ def make_game(config: Config, num_envs: int, *key: int) -> Envs:
                      **{rule: getattr(config, rule) for rule in rules})
 
 
-def cost_on_this_cpu(config: Config, envs: Envs) -> str:
-    """A warning; measures a gradient step on a tenth of the batch, times ten."""
-    share = max(1, config.batch_size // 10)
-    batch = {k: torch.from_numpy(v[:1]).expand(config.seq_len, share, *v.shape[1:])
-             for k, v in envs.reset()._asdict().items()}
-    with torch.random.fork_rng():  # the run's random numbers stay as they are
-        agent, start = Agent(config, envs.num_actions, envs.channels), time.time()
-        agent.train_step(batch)
-        seconds = (time.time() - start) * config.batch_size / share
-    updates = max(0, config.steps - config.prefill_steps) // config.steps_per_update
-    return (f"No CUDA device in use: a gradient step takes about {seconds:.1f} s here,"
-            f" and the run makes {updates:,}. --preset small suits a laptop. Going on.")
+def timing_batch(config: Config, envs: Envs, batch_size: int) -> dict[str, Tensor]:
+    """Sequences of a game's first row."""
+    return {k: torch.from_numpy(v[:1]).expand(config.seq_len, batch_size, *v.shape[1:])
+            for k, v in envs.reset()._asdict().items()}
 
 
-def train(config: Config) -> None:
-    """Play, remember, learn; goes on where the folder's last checkpoint stopped."""
-    device, agent, counters = load_agent(config)
+def seconds(function, device: torch.device, repeats: int = 9) -> float:
+    """The median time of a call; on a GPU once a graph is recorded, in the fourth."""
+    times, warm_up = [], 4 * (device.type == "cuda")
+    for _ in range(warm_up + repeats + 1):
+        times.append(time.perf_counter())
+        function()
+        torch.cuda.synchronize(device) if warm_up else None
+    return float(np.median(np.diff(times)[warm_up:]))
+
+
+def train(config: Config) -> tuple[Replay, dict] | None:
+    """Play, remember, learn; goes on where the folder's last checkpoint stopped.
+    Returns the replay and the last line of metrics."""
+    agent, counters = load_agent(config)
     if counters["steps"] >= config.steps:
         return print("nothing left to do: a larger --steps goes on")
     envs = make_game(config, config.num_envs, counters["steps"], 0)
-    if device.type == "cpu" and config.preset == "atari":
-        print(cost_on_this_cpu(config, envs))
+    if agent.device.type == "cpu" and config.preset == "atari":
+        with torch.random.fork_rng():  # the run's random numbers stay as they are
+            trial = Agent(config, envs.num_actions, envs.channels)
+            batch = timing_batch(config, envs, 5)
+            cost = seconds(lambda: trial.train_step(batch), agent.device, 1)
+        print("No CUDA device in use: a gradient step takes about"
+              f" {cost * config.batch_size / 5:.1f} s; --preset small suits a laptop")
     replay = Replay(Path(config.logdir, "replay"), config.replay_capacity,
                     num_envs=config.num_envs, image_shape=(envs.channels, 64, 64),
                     action_dim=envs.num_actions, seed=envs.seed)
     print(f"replay: {replay.rows.nbytes / 1e9:.2f} GB on disk for"
           f" {config.replay_capacity:,} rows, {len(replay):,} filled")
     Path(config.logdir, "config.json").write_text(json.dumps(vars(config), indent=1))
-    learn(config, device, agent, envs, replay, counters)
+    return replay, learn(config, agent, envs, replay, counters)
 
 
-def learn(config, device, agent: Agent, envs: Envs, replay: Replay, counters) -> None:
+def learn(config, agent: Agent, envs: Envs, replay: Replay, counters) -> dict | None:
     """The loop: every decision makes a row, every few decisions a gradient step. Ctrl-C
     ends it after the step in hand, with a checkpoint; a second one ends it at once."""
     frames, start = envs.frames_per_step, time.time() - counters["time"]
     metrics = Metrics(Path(config.logdir, "metrics.jsonl"), updates=agent.updates,
                       frames=counters["steps"] * frames)
-    player, evaluation, stop = Player(envs, device), {}, []
-    replay.add(*player.row)
+    row, memory, batch, line, scores, stop = envs.reset(), None, None, None, {}, []
+    replay.add(*row)
     bar = tqdm(total=config.steps, initial=counters["steps"], unit="step")
     signal.signal(signal.SIGINT, lambda *_: (
         stop.append(True), signal.signal(signal.SIGINT, signal.default_int_handler)))
+
+    def draw() -> dict[str, Tensor]:
+        return upload(replay.sample(config.batch_size, config.seq_len), agent.device)
 
     def due(every: int) -> bool:
         return steps // every > before // every or steps >= config.steps
@@ -1347,32 +1439,31 @@ def learn(config, device, agent: Agent, envs: Envs, replay: Replay, counters) ->
         before = counters["steps"]
         prefilling = before < config.prefill_steps
         bar.set_description("random play" if prefilling else "training", refresh=False)
-        ended = player.step(None if prefilling else agent)
-        replay.add(*player.row)
-        metrics.episodes += ended
-        steps = before + int((~player.row.is_first).sum())  # a reset is no decision
-        counters.update(steps=steps, episodes=counters["episodes"] + len(ended),
-                        time=time.time() - start)
-        bar.update(steps - before)
-
-        # One counter, of decisions, says how many gradient steps there should be now.
-        # Both numbers are in the checkpoint, so a resumed run owes none.
+        action, memory = choose(None if prefilling else agent, envs, row, memory)
+        envs.send(action)
+        steps = before + int((~envs.done).sum())  # a reset is no decision
+        # While the emulators play, learn. The count of decisions says how many gradient
+        # steps there should be now; both are in the checkpoint, so a resumed run owes
+        # none. While a GPU is busy, the next batch is drawn.
         owed = (steps - config.prefill_steps) // config.steps_per_update - agent.updates
         for _ in range(owed):
-            batch = replay.sample(config.batch_size, config.seq_len)
-            metrics.add(agent.train_step({k: v.to(device) for k, v in batch.items()}))
-
-        if due(config.eval_every_steps) and agent.updates:
-            played = evaluate(agent, make_game(config, 1, steps, 1),
-                              config.eval_episodes, device)
-            score, length = played.mean(0).tolist()
-            evaluation = dict(eval_return=score, eval_length=length)
+            metrics.add(agent.train_step(batch or draw()))
+            batch = draw()
+        row = envs.receive()
+        replay.add(*row)
+        metrics.episodes += envs.ended
+        counters.update(steps=steps, episodes=counters["episodes"] + len(envs.ended),
+                        time=time.time() - start)
+        bar.update(steps - before)
+        if due(config.eval_every_steps) and agent.updates and config.eval_episodes:
+            score, length = evaluate(agent, make_game(config, 1, steps, 1),
+                                     config.eval_episodes).mean(0).tolist()
+            scores = dict(eval_return=score, eval_length=length)
         if due(config.log_every_steps) and metrics.count:
             line = metrics.write(
                 step=steps, frames=steps * frames, updates=agent.updates,
-                episodes=counters["episodes"], wall_time_s=counters["time"],
-                **evaluation)
-            evaluation = {}
+                episodes=counters["episodes"], wall_time_s=counters["time"], **scores)
+            scores = {}
             bar.set_postfix({k: line[k] for k in (
                 "frames", "episode_return", "updates_per_s")})
         if due(config.checkpoint_every_steps) or stop:
@@ -1381,24 +1472,70 @@ def learn(config, device, agent: Agent, envs: Envs, replay: Replay, counters) ->
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if stop:
         raise KeyboardInterrupt
+    return line
 
 
 def play(config: Config) -> None:
     """--eval: whole episodes with the agent of the run's folder; nothing is written."""
     if not Path(config.logdir, "checkpoint.pt").exists():
         raise UsageError(f"--eval: there is no checkpoint.pt in {config.logdir}")
-    device, agent, counters = load_agent(config)
+    agent, counters = load_agent(config)
     envs = make_game(config, 1, counters["steps"], 2)
-    score, length = evaluate(agent, envs, config.eval_episodes, device).T
+    score, length = evaluate(agent, envs, config.eval_episodes).T
     print(f"episodes: {len(score)}, mean score {score.mean():.2f}, median"
           f" {np.median(score):.2f}, standard deviation {score.std():.2f},"
           f" mean length {length.mean():.1f} decisions")
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse, but what it complains of is one line, like every other complaint."""
-    def error(self, message):
-        raise UsageError(message)
+def benchmark(config: Config) -> None:
+    """--benchmark: the run's own loop, a gradient step and its parts, beside the
+    fastest matrix product that torch's settings offer here: what is possible at all."""
+    device, envs = pick_device(config), make_game(config, config.num_envs, 0)
+    on_gpu, T, B = device.type == "cuda", config.seq_len, config.batch_size
+    plain = dataclasses.replace(config, cuda_graphs=False, compile=False)
+    if config != plain and (on_gpu or config.compile):
+        benchmark(plain)  # the eager path first
+    batch = upload(timing_batch(config, envs, B), device)
+    with FlopCounterMode(display=False) as counter:
+        Agent(plain, envs.num_actions, envs.channels, device).train_step(batch)
+    a, flops = torch.randn(2 * [8192 if on_gpu else 2048], device=device), (
+        counter.get_total_flops())
+    product = seconds(lambda: a @ a, device)
+    with tempfile.TemporaryDirectory() as config.logdir:
+        agent, _ = load_agent(config)  # tunes torch
+        a = a.bfloat16() if agent.precision == "bf16" else a
+        peak = 2 * len(a) ** 3 / min(product, seconds(lambda: a @ a, device))
+        repeats = min(100, 2 + int(peak / flops))
+        every = repeats * config.steps_per_update
+        prefill = -(-T * envs.num_envs // every) * every
+        with contextlib.redirect_stdout(sys.stderr):
+            replay, loop = train(dataclasses.replace(
+                config, prefill_steps=prefill, steps=prefill + 2 * every,
+                log_every_steps=every, eval_episodes=0))
+
+    model, seen = agent.world_model, [batch[k][0, :1] for k in ("image", "is_first")]
+    memory, still = agent.act(*seen)[1], np.eye(envs.num_actions)[[0] * envs.num_envs]
+    loss = agent.autocast()(lambda: model.loss(**batch, **agent.model_loss_args)[0])
+    dream = agent.autocast()(torch.no_grad()(lambda: imagine(
+        model.rssm.img_step, agent.actor, model.rssm.initial(T * B), agent.horizon)))
+    parts = {
+        "gradient step": lambda: agent.train_step(batch), "world model forward": loss,
+        "with backward": lambda: loss().backward(), "imagination": dream,
+        "optimisers": lambda: [o.adam.step() for o in agent.optimizers.values()],
+        "sampling": lambda: upload(replay.sample(B, T), device),
+        "acting": lambda: agent.act(*seen, memory),
+        "environment": lambda: envs.step(still)}
+    times = {k: 1e3 * seconds(part, device, repeats) for k, part in parts.items()}
+    status, memory = Path("/proc/self/status"), math.nan  # a file that Linux has
+    if on_gpu or status.exists():
+        memory = (torch.cuda.max_memory_allocated(device) if on_gpu else
+                  1024 * int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1]))
+    print(f"in the loop: {loop['updates_per_s']:.3g} gradient steps/s,"
+          f" {loop['frames_per_s'] / envs.frames_per_step:.3g} decisions/s, peak memory"
+          f" {memory / 1e9:.2f} GB\na gradient step: {flops / 1e9:.4g} GFLOP, at"
+          f" {1e3 * flops / times['gradient step'] / peak:.0%} of the fastest product's"
+          f" {peak / 1e9:.4g} GFLOP/s\nms: "
+          + ", ".join(f"{name} {ms:.3g}" for name, ms in times.items()))
 
 
 def flag(name: str) -> str:
@@ -1406,13 +1543,21 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def build_parser() -> Parser:
+def build_parser() -> argparse.ArgumentParser:
     """One flag for each field of Config; its help is the comment beside the field."""
-    parser = Parser(
+    def error(message):  # one line, like every other complaint
+        raise UsageError(message)
+
+    parser = argparse.ArgumentParser(
         prog="dreamerv2.py", allow_abbrev=False,
         description="DreamerV2. Trains, or goes on with the run that its folder holds.")
-    parser.add_argument("--eval", action="store_true",
-                        help="play with the trained agent instead of training")
+    parser.error = error
+    parser.set_defaults(command=train)
+    commands = parser.add_mutually_exclusive_group()
+    commands.add_argument("--eval", dest="command", action="store_const", const=play,
+                          help="play with the trained agent instead of training")
+    commands.add_argument("--benchmark", dest="command", action="store_const",
+                          const=benchmark, help="measure speed; no CUDA: preset small")
     defaults, group = Config(), parser
     for line in inspect.getsource(Config).splitlines():
         if title := re.fullmatch(r"    # (.+)", line):
@@ -1433,14 +1578,15 @@ LIMITS = {
     "num_classes": (2, 10 ** 6), "gamma": (0, 1), "return_lambda": (0, 1),
     "reinforce_mix": (0, 1), "kl_balance": (0, 1), "kl_scale": (0, 1e9),
     "free_nats": (0, 1e9), "discount_scale": (0, 1e9), "entropy_scale": (0, 1e9),
-    "weight_decay": (0, 0.1)}
+    "weight_decay": (0, 0.1), "eval_episodes": (0, 10 ** 6)}
 
 
 def check(config: Config) -> None:
     """UsageError names the first flag whose value cannot work."""
     rows = config.num_envs * config.seq_len  # a sequence for each environment
-    limits = LIMITS | {"replay_capacity": (rows, 10 ** 12), "prefill_steps": (
-        rows, 10 ** 12), "horizon": (1 + config.shifted_advantage, 10 ** 6)}
+    limits = LIMITS | {
+        "replay_capacity": (rows, 10 ** 12), "prefill_steps": (rows, 10 ** 12),
+        "horizon": (1 + config.shifted_advantage, 10 ** 6)}
     for name, value in vars(config).items():
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             low, high = limits.get(
@@ -1450,22 +1596,26 @@ def check(config: Config) -> None:
 
 
 # What may change between two commands on one folder: it is not part of the experiment.
-FREE_TO_CHANGE = ("steps", "logdir", "device", "log_every_steps", "eval_every_steps",
-                  "eval_episodes", "checkpoint_every_steps")
+FREE_TO_CHANGE = (
+    "steps", "logdir", "device", "precision", "cuda_graphs", "compile", "eval_episodes",
+    "log_every_steps", "eval_every_steps", "checkpoint_every_steps")
 
 
-def parse_config(argv: list[str]) -> tuple[Config, bool]:
-    """Command line -> checked Config, whether to evaluate. Flags go over the settings
+def parse_config(argv: list[str]):
+    """Command line -> checked Config and what to do with it. Flags go over the settings
     of the run in the folder or, in a new one, of the preset; nothing is written."""
     given = vars(build_parser().parse_args(argv))
-    evaluating, preset = given.pop("eval"), given.get("preset", "atari")
+    command = given.pop("command")
+    if command is benchmark and not torch.cuda.is_available():
+        given.setdefault("preset", "small")
+    preset = given.get("preset", "atari")
     if preset not in PRESETS:
         raise UsageError(f"--preset {preset} is none of {', '.join(PRESETS)}")
     config = Config(**(PRESETS[preset] | given))
     config.logdir = config.logdir or (
         f"runs/{plain_name(config.game)}-{config.preset}-seed{config.seed}")
     path = Path(config.logdir, "config.json")
-    if path.exists():
+    if path.exists() and command is not benchmark:
         try:
             before = json.loads(path.read_text(encoding="utf-8"))
             if plain_name(config.game) == plain_name(before["game"]):
@@ -1479,14 +1629,14 @@ def parse_config(argv: list[str]) -> tuple[Config, bool]:
                     f"{flag(name)} {given[name]}: {config.logdir} holds a run with"
                     f" {before.get(name)}; choose another --logdir")
     check(config)
-    return config, evaluating
+    return config, command
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     try:
-        config, evaluating = parse_config(sys.argv[1:] if argv is None else argv)
-        (play if evaluating else train)(config)
+        config, command = parse_config(sys.argv[1:] if argv is None else argv)
+        command(config)
     except (UsageError, OSError) as error:  # OSError: the disk or the folder
         print(f"dreamerv2.py: {error}", file=sys.stderr)
         return 2
