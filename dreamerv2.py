@@ -10,7 +10,7 @@ to predict images, rewards and ends; actor and critic learn from what it imagine
     python dreamerv2.py --game Breakout --eval  # any run's command, to play with it
     python -m doctest dreamerv2.py              # the examples below, executed
 
-MAP. The algorithm is Parts 2 to 8; a gradient step is Agent.train_step. Each Part asks
+MAP. The algorithm is Parts 2 to 8; one step is Agent.gradient_step. Each Part asks
 for a prediction; its examples or comments answer.
     Part 1  | Configuration                 Part 7  | Returns and losses (Eq. 4-6)
     Part 2  | Gradient tricks (Alg. 1, 2)   Part 8  | Agent (Eq. 3)
@@ -84,6 +84,7 @@ import copy
 import ctypes
 import dataclasses
 import difflib
+import functools
 import inspect
 import json
 import math
@@ -359,8 +360,8 @@ class ConvDecoder(nn.Module):
         self.net.to(memory_format=torch.channels_last)
 
     def forward(self, feature: Tensor) -> Tensor:
-        # From a 1×1 image a transposed convolution is a matrix product, one for each of
-        # 5×5 places. Written as one, it takes a quarter of the time on a CPU.
+        # From a 1×1 image a transposed convolution is 5×5 matrix products, one a place.
+        # Done as a single one, it takes a quarter of the time on a CPU.
         weight, bias = self.net[0].weight.permute(0, 2, 3, 1), self.net[0].bias
         out = self.linear(feature).flatten(0, -2) @ weight.flatten(1)
         out = out.unflatten(-1, weight.shape[1:]).permute(0, 3, 1, 2)
@@ -670,7 +671,7 @@ def imagine(img_step, actor, start: State, horizon: int) -> tuple[Tensor, Tensor
 # r[t] is received on ARRIVING in z[t], so V[t] and v(z[t]) both contain it, and it
 # cancels in the advantage V[t] - v(z[t]): a_t is praised or blamed for what follows it.
 # The paper numbers its states 1 .. H; here they are 0 .. H; both losses end at H - 1.
-# In: (H+1, N) tensors. Out: returns (H, N), and scalars to minimise.
+# In: (H, N) tensors, values (H+1, N). Out: returns (H, N), and scalars to minimise.
 # Predict: rewards 1, 2, values 8, 4, 2, discounts ½: the returns with λ = ½?
 
 def lambda_return(reward: Tensor, value: Tensor, discount: Tensor,
@@ -705,7 +706,7 @@ def trajectory_weights(discount: Tensor) -> Tensor:
 
         w[t] = Π_{i < t} γ[i],    w[0] = 1
 
-    discount (H+1, N) -> weights (H+1, N). States after a predicted end of the episode
+    discount (H, N) -> weights (H, N). States after a predicted end of the episode
     have a weight near zero: the model knows nothing of them. The first weight is 1,
     whatever γ[0] is: we ARE in the start state.
 
@@ -807,12 +808,12 @@ class Optimizer:
 
 class CudaGraph:
     """Plays a function back on the GPU as one recording, where Python would launch its
-    thousands of small kernels one by one, slower than the GPU runs them.
+    thousands of small kernels one by one, slower than the GPU runs them. Random numbers
+    differ from replay to replay.
 
     function: dict of tensors -> dict of tensors; it reads no number back. For each set
     of options and shapes three calls run plainly (libraries choose algorithms, Adam
-    makes its moments), the fourth records, which computes nothing, and plays. Inputs
-    are copied in, outputs copied out; random numbers go on from replay to replay.
+    makes its moments), the fourth records and plays. Inputs are copied in, outputs out.
     """
 
     def __init__(self, function):
@@ -883,7 +884,7 @@ class Agent(nn.Module):
 
     def autocast(self):
         """bf16: layers multiply in bfloat16; weights, h, logits, losses stay float32.
-        Its casts of the weights are kept until it ends: so within one `with` no
+        Its casts of whole weights are kept until it ends: so within one `with` no
         optimiser may step, nor the gradient mode change."""
         return torch.autocast(self.device.type, torch.bfloat16,
                               enabled=self.precision == "bf16")
@@ -915,7 +916,7 @@ class Agent(nn.Module):
 
     def train_step(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """One update: the rows of Replay.sample (T, B, ...) -> metrics, scalars on the
-        device. Every slow_every_updates, the first time after update 0, the slow critic
+        device. After updates 0, 100, 200, ... (slow_every_updates) the slow critic
         becomes a copy: without it, the critic would chase its own latest guess."""
         metrics = self.gradient_step(batch)  # on a GPU, a CUDA graph of it
         if self.updates % self.slow_every_updates == 0:
@@ -1100,10 +1101,9 @@ class Catch(gymnasium.Env):
 
 
 class Envs:
-    """N copies of a game, in step, as rows. Wraps any gymnasium vector environment that
-    resets in the step AFTER an episode's end (NEXT_STEP, the default): that step takes
-    no action and returns the next episode's first image, a row with is_first, zero
-    action and reward, no decision."""
+    """N copies of a game as rows, from any gymnasium vector environment that resets in
+    the step AFTER an episode's end (NEXT_STEP, the default): that step takes no action
+    and returns the next first image, a row with is_first that is no decision."""
 
     def __init__(self, vector_env, seed: int, frames_per_step: int = 1):
         actions, images = vector_env.single_action_space, vector_env.observation_space
@@ -1136,7 +1136,7 @@ class Envs:
         return self.receive()
 
     def send(self, action: np.ndarray) -> None:
-        """The first half of step: ale-py's emulators play on while the caller works."""
+        """The first half of step: ale-py's emulators start; others play in receive."""
         action = np.asarray(action, np.float32)
         # The emulator must not see a bad action: ale-py hangs on one, deaf to Ctrl-C.
         shape, chosen = (self.num_envs, self.num_actions), action.argmax(-1)
@@ -1235,8 +1235,8 @@ def make_envs(game: str, num_envs: int = 1, seed: int = 0, *, action_repeat: int
 # Predict: why are the scalars summed on the device instead of being read at once?
 
 class Metrics:
-    """Means over a log period, one JSON object a line. `counters` are running totals,
-    with at least updates and frames."""
+    """Means over a log period, one JSON object a line; the first line's rates count the
+    prefill in. `counters` are running totals, with at least updates and frames."""
 
     def __init__(self, path: Path, **counters):
         self.path, self.before = path, counters | {"time": time.time()}
@@ -1248,8 +1248,7 @@ class Metrics:
         self.count += 1
 
     def write(self, **counters) -> dict:
-        """Append totals, and rates and means since the last line (the first one counts
-        the prefill in); null where no episode ended."""
+        """Append totals, and since the last line rates and means, null without any."""
         now = counters | {"time": time.time()}
         seconds = max(now["time"] - self.before["time"], 1e-9)
         rates = {f"{k}_per_s": (now[k] - self.before[k]) / seconds
@@ -1269,12 +1268,12 @@ class Metrics:
 # Predict: a run is killed between two checkpoints. How many updates does it owe then?
 
 def upload(arrays: dict, device: torch.device) -> dict[str, Tensor]:
-    """To the device; to a GPU from pinned memory, so that the host need not wait. torch
-    keeps that memory until the copy is done, so the arrays may change at once."""
+    """To the device. To a GPU from pinned memory, so that the host need not wait; torch
+    keeps that memory until the copy is done."""
     tensors = {name: torch.as_tensor(value) for name, value in arrays.items()}
-    if device.type == "cuda":
-        tensors = {name: value.pin_memory() for name, value in tensors.items()}
-    return {k: v.to(device, non_blocking=True) for k, v in tensors.items()}
+    if device.type != "cuda":
+        return {k: v.to(device) for k, v in tensors.items()}
+    return {k: v.pin_memory().to(device, non_blocking=True) for k, v in tensors.items()}
 
 
 def choose(agent: Agent | None, envs: Envs, row: Row, memory, greedy: bool = False):
@@ -1283,7 +1282,7 @@ def choose(agent: Agent | None, envs: Envs, row: Row, memory, greedy: bool = Fal
         return np.eye(envs.num_actions)[envs.vector_env.action_space.sample()], None
     seen = upload(dict(image=row.image, is_first=row.is_first), agent.device)
     action, memory = agent.act(**seen, memory=memory, greedy=greedy)
-    return action.cpu().numpy(), memory  # the one place where the host waits for a GPU
+    return action.cpu().numpy(), memory  # the one wait of a decision for a GPU
 
 
 def evaluate(agent: Agent, envs: Envs, episodes: int) -> np.ndarray:
@@ -1327,19 +1326,21 @@ def pick_device(config: Config) -> torch.device:
     name = dict(auto=[*cuda, "cpu"][0], cuda="cuda:0").get(config.device, config.device)
     if name not in here:
         raise UsageError(f"--device {config.device}: this host has {', '.join(here)}")
-    if config.precision == "tf32" and name not in cuda:
-        raise UsageError("--precision tf32: only CUDA devices have it")
+    if config.precision not in ["auto", "fp32", "bf16"] + ["tf32"] * (name in cuda):
+        raise UsageError(f"--precision {config.precision}: none that {name} has")
     return torch.device(name)
 
 
 def tune(device: torch.device, precision: str) -> None:
     """Settings of the process that change speed: TF32 only if asked for, and on a CPU
     two that save up to a third of a step, without a change beyond rounding."""
-    tf32 = precision == "tf32"
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # where graphs are recorded
+        torch.backends.cudnn.allow_tf32 = precision == "tf32"
+        torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
     if device.type == "cpu" and sys.platform == "linux":
-        # Large tensors keep their memory: given back to the system (M_MMAP_MAX 0,
-        # M_TRIM_THRESHOLD high), it would come again page by page, a fault for each.
+        # Large tensors keep their memory (M_MMAP_MAX 0, M_TRIM_THRESHOLD high): given
+        # back to the system, it would come again page by page, a fault for each.
         with contextlib.suppress(AttributeError):  # not every libc has it
             mallopt = ctypes.CDLL(None).mallopt
             mallopt(-4, 0), mallopt(-1, 2 ** 31 - 1)
@@ -1378,20 +1379,20 @@ def make_game(config: Config, num_envs: int, *key: int) -> Envs:
                      **{rule: getattr(config, rule) for rule in rules})
 
 
-def timing_batch(config: Config, envs: Envs, batch_size: int) -> dict[str, Tensor]:
-    """Sequences of a game's first row."""
-    return {k: torch.from_numpy(v[:1]).expand(config.seq_len, batch_size, *v.shape[1:])
+def timing_batch(c: Config, envs: Envs, B: int) -> dict[str, Tensor]:
+    """B sequences of a game's first row."""
+    return {k: torch.from_numpy(v[:1]).expand(c.seq_len, B, *v.shape[1:]).contiguous()
             for k, v in envs.reset()._asdict().items()}
 
 
 def seconds(function, device: torch.device, repeats: int = 9) -> float:
-    """The median time of a call; on a GPU once a graph is recorded, in the fourth."""
-    times, warm_up = [], 4 * (device.type == "cuda")
-    for _ in range(warm_up + repeats + 1):
-        times.append(time.perf_counter())
+    """The median time of a call, once warm: the fourth call records a CUDA graph."""
+    times, warm_up = [], 4 if device.type == "cuda" else 1
+    for _ in range(warm_up + repeats):
         function()
-        torch.cuda.synchronize(device) if warm_up else None
-    return float(np.median(np.diff(times)[warm_up:]))
+        torch.get_device_module(device).synchronize()
+        times.append(time.perf_counter())
+    return float(np.median(np.diff(times)[warm_up - 1:]))
 
 
 def train(config: Config) -> tuple[Replay, dict] | None:
@@ -1403,9 +1404,9 @@ def train(config: Config) -> tuple[Replay, dict] | None:
     envs = make_game(config, config.num_envs, counters["steps"], 0)
     if agent.device.type == "cpu" and config.preset == "atari":
         with torch.random.fork_rng():  # the run's random numbers stay as they are
-            trial = Agent(config, envs.num_actions, envs.channels)
-            batch = timing_batch(config, envs, 5)
-            cost = seconds(lambda: trial.train_step(batch), agent.device, 1)
+            cost = seconds(functools.partial(
+                Agent(config, envs.num_actions, envs.channels).train_step,
+                timing_batch(config, envs, 5)), agent.device, 1)
         print("No CUDA device in use: a gradient step takes about"
               f" {cost * config.batch_size / 5:.1f} s; --preset small suits a laptop")
     replay = Replay(Path(config.logdir, "replay"), config.replay_capacity,
@@ -1444,7 +1445,7 @@ def learn(config, agent: Agent, envs: Envs, replay: Replay, counters) -> dict | 
         steps = before + int((~envs.done).sum())  # a reset is no decision
         # While the emulators play, learn. The count of decisions says how many gradient
         # steps there should be now; both are in the checkpoint, so a resumed run owes
-        # none. While a GPU is busy, the next batch is drawn.
+        # none. While a GPU is busy, the next batch is drawn: it lacks the newest rows.
         owed = (steps - config.prefill_steps) // config.steps_per_update - agent.updates
         for _ in range(owed):
             metrics.add(agent.train_step(batch or draw()))
@@ -1488,12 +1489,12 @@ def play(config: Config) -> None:
 
 
 def benchmark(config: Config) -> None:
-    """--benchmark: the run's own loop, a gradient step and its parts, beside the
+    """--benchmark: the run's own loop, a gradient step, its parts (eagerly), beside the
     fastest matrix product that torch's settings offer here: what is possible at all."""
     device, envs = pick_device(config), make_game(config, config.num_envs, 0)
     on_gpu, T, B = device.type == "cuda", config.seq_len, config.batch_size
     plain = dataclasses.replace(config, cuda_graphs=False, compile=False)
-    if config != plain and (on_gpu or config.compile):
+    if config.compile or config.cuda_graphs and on_gpu:
         benchmark(plain)  # the eager path first
     batch = upload(timing_batch(config, envs, B), device)
     with FlopCounterMode(display=False) as counter:
@@ -1501,7 +1502,8 @@ def benchmark(config: Config) -> None:
     a, flops = torch.randn(2 * [8192 if on_gpu else 2048], device=device), (
         counter.get_total_flops())
     product = seconds(lambda: a @ a, device)
-    with tempfile.TemporaryDirectory() as config.logdir:
+    torch.cuda.reset_peak_memory_stats(device) if on_gpu else None
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as config.logdir:
         agent, _ = load_agent(config)  # tunes torch
         a = a.bfloat16() if agent.precision == "bf16" else a
         peak = 2 * len(a) ** 3 / min(product, seconds(lambda: a @ a, device))
@@ -1511,8 +1513,7 @@ def benchmark(config: Config) -> None:
         with contextlib.redirect_stdout(sys.stderr):
             replay, loop = train(dataclasses.replace(
                 config, prefill_steps=prefill, steps=prefill + 2 * every,
-                log_every_steps=every, eval_episodes=0))
-
+                log_every_steps=every, eval_episodes=0, replay_capacity=2 * prefill))
     model, seen = agent.world_model, [batch[k][0, :1] for k in ("image", "is_first")]
     memory, still = agent.act(*seen)[1], np.eye(envs.num_actions)[[0] * envs.num_envs]
     loss = agent.autocast()(lambda: model.loss(**batch, **agent.model_loss_args)[0])
@@ -1526,13 +1527,12 @@ def benchmark(config: Config) -> None:
         "acting": lambda: agent.act(*seen, memory),
         "environment": lambda: envs.step(still)}
     times = {k: 1e3 * seconds(part, device, repeats) for k, part in parts.items()}
-    status, memory = Path("/proc/self/status"), math.nan  # a file that Linux has
-    if on_gpu or status.exists():
-        memory = (torch.cuda.max_memory_allocated(device) if on_gpu else
-                  1024 * int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1]))
+    peak_bytes = torch.cuda.max_memory_allocated(device) if on_gpu else math.nan
+    if not on_gpu and (status := Path("/proc/self/status")).exists():  # on Linux
+        peak_bytes = 1024 * int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1])
     print(f"in the loop: {loop['updates_per_s']:.3g} gradient steps/s,"
           f" {loop['frames_per_s'] / envs.frames_per_step:.3g} decisions/s, peak memory"
-          f" {memory / 1e9:.2f} GB\na gradient step: {flops / 1e9:.4g} GFLOP, at"
+          f" {peak_bytes / 1e9:.2f} GB\na gradient step: {flops / 1e9:.4g} GFLOP, at"
           f" {1e3 * flops / times['gradient step'] / peak:.0%} of the fastest product's"
           f" {peak / 1e9:.4g} GFLOP/s\nms: "
           + ", ".join(f"{name} {ms:.3g}" for name, ms in times.items()))

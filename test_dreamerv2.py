@@ -243,9 +243,8 @@ def test_precision():
     metrics = agent.train_step(random_batch())
     tensors = [*agent.state_dict().values(), *metrics.values()]
     assert {x.dtype for x in tensors} == {torch.float32}
-    torch.backends.cudnn.allow_tf32 = True  # torch's default: convolutions at 10 bits
-    d.load_agent(d.Config(**DEBUG, game="Catch", device="cpu"))
-    assert not torch.backends.cudnn.allow_tf32
+    agent, _ = d.load_agent(d.Config(**DEBUG, game="Catch", device="cpu"))
+    assert agent.precision == "fp32"  # what auto is on a CPU
 
 
 def test_metrics_are_finite_and_name_every_term():
@@ -1302,7 +1301,11 @@ BAD = [  # flags, and what the one line must name
     (["--seq-len", "500"], "--prefill-steps"), (["--replay-capacity", "3"], "capacity"),
     (["--device", "cuda:9"], "--device"), (["--device", "toaster"], "--device"),
     (["--no-such-flag"], "--no-such-flag"), (["--eval"], "checkpoint"),
-    (["--horizon", "1", "--shifted-advantage"], "--horizon")]
+    (["--horizon", "1", "--shifted-advantage"], "--horizon"),
+    (["--precision", "tf32", "--device", "cpu"], "--precision tf32"),
+    (["--precision", "float16"], "--precision float16"),
+    (["--benchmark", "--precision", "bfloat16"], "--precision"),
+    (["--benchmark", "--game", "Brekout"], "Breakout"), (["--benchmark", "--eval"], "--eval")]
 
 
 @pytest.mark.parametrize("flags,named", BAD, ids=[" ".join(f) for f, _ in BAD])
@@ -1471,14 +1474,15 @@ def test_bf16_imagines_with_the_model_just_updated(monkeypatch):
 
 
 def test_tuning_keeps_float32(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)  # torch's default
     a = torch.rand(300, 300)
     d.tune(torch.device("cpu"), "fp32")
     assert (a @ a - a.double() @ a.double()).abs().max() < 1e-3
-    assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32
-    d.tune(torch.device("cuda"), "tf32")
-    assert torch.backends.cuda.matmul.allow_tf32 and torch.backends.cudnn.allow_tf32
-    d.tune(torch.device("cuda"), "bf16")
-    assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32
+    for precision in ("fp32", "tf32", "bf16"):
+        d.tune(torch.device("cuda"), precision)
+        assert torch.backends.cuda.matmul.allow_tf32 == (precision == "tf32")
+        assert torch.backends.cudnn.allow_tf32 == (precision == "tf32")
 
 
 def test_tuning_is_taken_back_where_it_rounds(monkeypatch):
