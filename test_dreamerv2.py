@@ -247,6 +247,13 @@ def test_precision():
     assert agent.precision == "fp32"  # what auto is on a CPU
 
 
+def test_samples_are_distributed_as_the_probabilities():
+    probs = torch.tensor([0.05, 0.15, 0.3, 0.5])
+    torch.manual_seed(0)
+    share = d.straight_through_sample(probs.log().expand(100_000, 4)).mean(0)
+    assert share.tolist() == pytest.approx(probs.tolist(), abs=0.006)
+
+
 def test_metrics_are_finite_and_name_every_term():
     metrics = tiny_agent().train_step(random_batch())
     assert all(math.isfinite(float(v)) for v in metrics.values())
@@ -1348,6 +1355,22 @@ def test_no_cuda_and_atari_says_what_it_costs(monkeypatch, capsys, tmp_path):
     assert "No CUDA device" in out and "gradient step" in out and "--preset small" in out
 
 
+def test_a_checkpoint_restores_everything(tmp_path):
+    """Weights, slow critic, Adam's moments and step counts: the next steps are the same."""
+    batch, path = random_batch(), tmp_path / "checkpoint.pt"
+    agent, other = tiny_agent(slow_every_updates=2), tiny_agent(slow_every_updates=2)
+    for _ in range(3):
+        agent.train_step(batch)
+    d.save_checkpoint(path, agent, dict(steps=7))
+    assert d.load_checkpoint(path, other) == dict(steps=7)
+    after = []
+    for a in (agent, other):
+        torch.manual_seed(5)
+        after.append([{k: float(v) for k, v in a.train_step(batch).items()}
+                      for _ in range(3)])
+    assert after[0] == after[1] and agent.updates == other.updates == 6
+
+
 # ----------------------------------------------------------------------------- speed
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -1448,6 +1471,11 @@ def test_bf16_agrees_with_fp32():
         if not name.startswith("slow"):
             assert weight.dtype == weight.grad.dtype == torch.float32, name
             assert weight.grad.abs().sum() > 0 or "bias" in name, name
+    seen, model = [], agent.world_model
+    model.rssm.cell.norm.register_forward_pre_hook(lambda _, x: seen.append(x[0].dtype))
+    model.decoder.register_forward_hook(lambda _, x, y: seen.append(y.dtype))
+    agent.train_step(batch)
+    assert set(seen) == {torch.float32}
     action, memory = agent.act(batch["image"][0], batch["is_first"][0])
     assert {x.dtype for x in (action, *memory.values())} == {torch.float32}
 
@@ -1587,7 +1615,8 @@ def test_a_batch_is_not_overwritten(tmp_path):
 def test_emulators_play_while_the_learner_learns(tmp_path, monkeypatch):
     """send, then gradient steps, then receive; and halves make the same rows as step."""
     events = []
-    for owner, name in ((d.Envs, "send"), (d.Envs, "receive"), (d.Agent, "train_step")):
+    for owner, name in ((d.Envs, "send"), (d.Envs, "receive"), (d.Agent, "train_step"),
+                        (d.Replay, "sample")):
         def record(*args, name=name, function=getattr(owner, name), **kwargs):
             events.append(name)
             return function(*args, **kwargs)
@@ -1595,7 +1624,9 @@ def test_emulators_play_while_the_learner_learns(tmp_path, monkeypatch):
     assert run("--game", "Catch", "--preset", "debug", "--logdir", tmp_path, "--steps", 240,
                "--eval-episodes", 0) == 0
     text = " ".join(events)
-    assert text.count("send train_step receive") == text.count("train_step") == 10
+    assert text.count("train_step") == 10 and text.count("sample") == 11
+    assert text.count("send train_step sample receive") == 9  # the next batch in advance
+    assert text.count("send sample train_step sample receive") == 1  # and the first one
     monkeypatch.undo()
     envs, halves = d.make_envs("Breakout", seed=3), d.make_envs("Breakout", seed=3)
     rows = [[envs.reset()], [halves.reset()]]
