@@ -129,7 +129,7 @@ class Config:
     device: str = "auto"  # auto (CUDA, else CPU) | cuda | cuda:1 | mps | cpu
     precision: str = "auto"  # auto (bf16 on CUDA, else fp32) | fp32 | tf32 | bf16 [D11]
     cuda_graphs: bool = True  # on CUDA, replay recorded steps; no: launch every kernel
-    compile: bool = False  # torch.compile of the networks; needs a C++ compiler
+    compile: bool = False  # torch.compile of the world model's loss; slow to build
     # Environment
     num_envs: int = 1  # environments played side by side; paper: 1
     action_repeat: int = 4  # emulator frames per decision (Atari); paper: 4
@@ -876,8 +876,8 @@ class Agent(nn.Module):
             model=Optimizer(self.world_model, lr=c.model_lr, **shared),
             actor=Optimizer(self.actor, lr=c.actor_lr, **shared),
             critic=Optimizer(self.critic, lr=c.critic_lr, **shared))
-        if c.compile:  # the GRU, not the scan around it: that takes minutes to build
-            self.world_model.rssm.cell.compile()
+        if c.compile:  # it unrolls the scan of T steps: minutes to build
+            self.world_model.loss = torch.compile(self.world_model.loss)
         if c.cuda_graphs and on_gpu:
             self.gradient_step = CudaGraph(self.gradient_step)
             self.decide = CudaGraph(self.decide)
