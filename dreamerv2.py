@@ -1327,7 +1327,7 @@ def pick_device(config: Config) -> torch.device:
     if name not in here:
         raise UsageError(f"--device {config.device}: this host has {', '.join(here)}")
     if config.precision not in ["auto", "fp32", "bf16"] + ["tf32"] * (name in cuda):
-        raise UsageError(f"--precision {config.precision}: none that {name} has")
+        raise UsageError(f"--precision {config.precision}: fp32, bf16, or tf32 on CUDA")
     return torch.device(name)
 
 
@@ -1362,7 +1362,7 @@ def load_agent(config: Config):
     counters = dict(steps=0, episodes=0, time=0)
     if (path := Path(config.logdir, "checkpoint.pt")).exists():
         counters = load_checkpoint(path, agent)
-    how = ["eager", "CUDA graphs"][isinstance(agent.decide, CudaGraph)]
+    how = "CUDA graphs" if isinstance(agent.decide, CudaGraph) else "no CUDA graphs"
     print(f"{config.game}, preset {config.preset}, {agent.precision} on {device}, {how}"
           f"{', compiled' * config.compile}, torch {torch.__version__}, "
           f"{torch.get_num_threads()} threads; {config.logdir}: {counters['steps']:,}"
@@ -1426,7 +1426,7 @@ def learn(config, agent: Agent, envs: Envs, replay: Replay, counters) -> dict | 
                       frames=counters["steps"] * frames)
     row, memory, batch, line, scores, stop = envs.reset(), None, None, None, {}, []
     replay.add(*row)
-    bar = tqdm(total=config.steps, initial=counters["steps"], unit="step")
+    bar = tqdm(total=config.steps, initial=counters["steps"], unit="step", miniters=1)
     signal.signal(signal.SIGINT, lambda *_: (
         stop.append(True), signal.signal(signal.SIGINT, signal.default_int_handler)))
 
@@ -1444,8 +1444,8 @@ def learn(config, agent: Agent, envs: Envs, replay: Replay, counters) -> dict | 
         envs.send(action)
         steps = before + int((~envs.done).sum())  # a reset is no decision
         # While the emulators play, learn. The count of decisions says how many gradient
-        # steps there should be now; both are in the checkpoint, so a resumed run owes
-        # none. While a GPU is busy, the next batch is drawn: it lacks the newest rows.
+        # steps there should be; both are in the checkpoint, so a resumed run owes none.
+        # The next batch is drawn while a GPU is busy: it lacks the newest rows.
         owed = (steps - config.prefill_steps) // config.steps_per_update - agent.updates
         for _ in range(owed):
             metrics.add(agent.train_step(batch or draw()))
@@ -1488,19 +1488,17 @@ def play(config: Config) -> None:
           f" mean length {length.mean():.1f} decisions")
 
 
-def benchmark(config: Config) -> None:
-    """--benchmark: the run's own loop, a gradient step, its parts (eagerly), beside the
-    fastest matrix product that torch's settings offer here: what is possible at all."""
+def benchmark(config: Config) -> dict[str, float]:
+    """--benchmark: a gradient step, its parts (eagerly) and the run's own loop."""
     device, envs = pick_device(config), make_game(config, config.num_envs, 0)
     on_gpu, T, B = device.type == "cuda", config.seq_len, config.batch_size
     plain = dataclasses.replace(config, cuda_graphs=False, compile=False)
-    if config.compile or config.cuda_graphs and on_gpu:
-        benchmark(plain)  # the eager path first
+    table = [benchmark(plain)] if config.compile or config.cuda_graphs & on_gpu else []
     batch = upload(timing_batch(config, envs, B), device)
     with FlopCounterMode(display=False) as counter:
         Agent(plain, envs.num_actions, envs.channels, device).train_step(batch)
-    a, flops = torch.randn(2 * [8192 if on_gpu else 2048], device=device), (
-        counter.get_total_flops())
+    flops = counter.get_total_flops()
+    a = torch.randn(2 * [8192 if on_gpu else 2048], device=device)
     product = seconds(lambda: a @ a, device)
     torch.cuda.reset_peak_memory_stats(device) if on_gpu else None
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as config.logdir:
@@ -1526,16 +1524,18 @@ def benchmark(config: Config) -> None:
         "sampling": lambda: upload(replay.sample(B, T), device),
         "acting": lambda: agent.act(*seen, memory),
         "environment": lambda: envs.step(still)}
-    times = {k: 1e3 * seconds(part, device, repeats) for k, part in parts.items()}
-    peak_bytes = torch.cuda.max_memory_allocated(device) if on_gpu else math.nan
-    if not on_gpu and (status := Path("/proc/self/status")).exists():  # on Linux
-        peak_bytes = 1024 * int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1])
-    print(f"in the loop: {loop['updates_per_s']:.3g} gradient steps/s,"
-          f" {loop['frames_per_s'] / envs.frames_per_step:.3g} decisions/s, peak memory"
-          f" {peak_bytes / 1e9:.2f} GB\na gradient step: {flops / 1e9:.4g} GFLOP, at"
-          f" {1e3 * flops / times['gradient step'] / peak:.0%} of the fastest product's"
-          f" {peak / 1e9:.4g} GFLOP/s\nms: "
-          + ", ".join(f"{name} {ms:.3g}" for name, ms in times.items()))
+    rows = {f"{k}, ms": 1e3 * seconds(v, device, repeats) for k, v in parts.items()}
+    rows |= {"that step, GFLOP": flops / 1e9, "fastest product, GFLOP/s": peak / 1e9,
+             "share of that, %": 1e5 * flops / rows["gradient step, ms"] / peak,
+             "in the loop, gradient steps/s": loop["updates_per_s"],
+             "in the loop, decisions/s": loop["frames_per_s"] / envs.frames_per_step}
+    if on_gpu or Path("/proc/self/status").exists():  # on a CPU, only Linux tells
+        rows["peak memory, GB"] = 1e-9 * (
+            torch.cuda.max_memory_allocated(device) if on_gpu else 1024 * int(
+                Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]))
+    for name in rows:  # the eager path first, then beside it
+        print(f"{name:30}" + "".join(f"{way[name]:12.4g}" for way in [*table, rows]))
+    return rows
 
 
 def flag(name: str) -> str:
@@ -1557,7 +1557,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands.add_argument("--eval", dest="command", action="store_const", const=play,
                           help="play with the trained agent instead of training")
     commands.add_argument("--benchmark", dest="command", action="store_const",
-                          const=benchmark, help="measure speed; no CUDA: preset small")
+                          const=benchmark, help="speed (of small, without CUDA)")
     defaults, group = Config(), parser
     for line in inspect.getsource(Config).splitlines():
         if title := re.fullmatch(r"    # (.+)", line):
@@ -1641,7 +1641,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"dreamerv2.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nstopped; training goes on from the last checkpoint, if there is one")
+        print("\nstopped; the same command goes on from the last checkpoint")
         return 130
     return 0
 

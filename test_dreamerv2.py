@@ -1644,10 +1644,14 @@ def test_benchmark(flags, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert run("--benchmark", "--preset", "debug", "--game", "Catch", *flags) == 0
     out = capsys.readouterr().out
-    assert ("bf16" if flags else "fp32") + " on cpu, eager" in out
-    numbers = dict(re.findall(r"([a-z ]+) ([\d.e-]+)(?:,|$)", out.splitlines()[-1]))
-    assert len(numbers) == 8 and all(float(v) > 0 for v in numbers.values())
-    assert "gradient steps/s" in out and "of the fastest product's" in out
+    assert ("bf16" if flags else "fp32") + " on cpu, no CUDA graphs" in out
+    numbers = dict(re.findall(r"^([\w /,%-]+?) {2,}([\d.e+-]+)$", out, re.M))
+    assert len(numbers) >= 13 and all(float(v) > 0 for v in numbers.values())
+    ms, gflop, peak, share = (float(numbers[k]) for k in (
+        "gradient step, ms", "that step, GFLOP", "fastest product, GFLOP/s",
+        "share of that, %"))
+    assert share == pytest.approx(100 * gflop / (ms / 1e3) / peak, rel=0.01)
+    assert gflop == pytest.approx(hand_count(d.Config(**DEBUG), 3) / 1e9, rel=0.02)
     assert not list(tmp_path.iterdir())  # nothing is left behind
 
 
