@@ -1557,7 +1557,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands.add_argument("--eval", dest="command", action="store_const", const=play,
                           help="play with the trained agent instead of training")
     commands.add_argument("--benchmark", dest="command", action="store_const",
-                          const=benchmark, help="speed (of small, without CUDA)")
+                          const=benchmark, help="measure speed (of small if no CUDA)")
     defaults, group = Config(), parser
     for line in inspect.getsource(Config).splitlines():
         if title := re.fullmatch(r"    # (.+)", line):
