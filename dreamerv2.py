@@ -10,8 +10,7 @@ to predict images, rewards and ends; actor and critic learn from what it imagine
     python dreamerv2.py --game Breakout --eval  # any run's command, to play with it
     python -m doctest dreamerv2.py              # the examples below, executed
 
-MAP. The algorithm is Parts 2 to 8; one step is Agent.gradient_step. Each Part asks
-for a prediction; its examples or comments answer.
+MAP. The algorithm is Parts 2 to 8, a step Agent.gradient_step. Predict, then read on.
     Part 1  | Configuration                 Part 7  | Returns and losses (Eq. 4-6)
     Part 2  | Gradient tricks (Alg. 1, 2)   Part 8  | Agent (Eq. 3)
     Part 3  | Networks                      Part 9  | Replay
@@ -808,8 +807,7 @@ class Optimizer:
 
 class CudaGraph:
     """Plays a function back on the GPU as one recording, where Python would launch its
-    thousands of small kernels one by one, slower than the GPU runs them. Random numbers
-    differ from replay to replay.
+    many small kernels one by one, slower than the GPU runs them. Noise is always new.
 
     function: dict of tensors -> dict of tensors; it reads no number back. For each set
     of options and shapes three calls run plainly (libraries choose algorithms, Adam
@@ -1034,9 +1032,9 @@ class Replay:
 
     def add(self, image, action, reward, is_first, is_terminal) -> None:
         """Store one row of every environment; the arguments are the fields of Row."""
-        row = Row(image, action, reward, is_first, is_terminal)
-        for name, value in row._asdict().items():
-            self.rows[name][:, int(self.written[0]) % self.length] = value
+        slot = int(self.written[0]) % self.length
+        for key, value in zip(Row._fields, (image, action, reward, is_first, is_terminal)):
+            self.rows[key][:, slot] = value
         self.written[0] += 1  # last: a row exists once it is whole
 
     def sample(self, batch_size: int, seq_len: int) -> dict[str, Tensor]:
@@ -1480,6 +1478,8 @@ def play(config: Config) -> None:
     """--eval: whole episodes with the agent of the run's folder; nothing is written."""
     if not Path(config.logdir, "checkpoint.pt").exists():
         raise UsageError(f"--eval: there is no checkpoint.pt in {config.logdir}")
+    if not config.eval_episodes:
+        raise UsageError("--eval-episodes 0: --eval has nothing to play")
     agent, counters = load_agent(config)
     envs = make_game(config, 1, counters["steps"], 2)
     score, length = evaluate(agent, envs, config.eval_episodes).T

@@ -1203,6 +1203,8 @@ def test_run_resumes_without_a_burst(tmp_path, capsys):
     assert run(*flags, "--steps", 600) == 0  # already done
     assert "nothing left to do" in capsys.readouterr().out
     assert len(lines(tmp_path)) == 2
+    assert run("--logdir", tmp_path, "--eval", "--eval-episodes", 0) == 2
+    assert "--eval-episodes 0" in capsys.readouterr().err
     assert run("--logdir", tmp_path, "--eval") == 0  # the folder knows its settings
     assert run("--logdir", tmp_path, "--eval", "--game", "catch") == 0  # any spelling
     assert "mean score" in capsys.readouterr().out
