@@ -1033,8 +1033,8 @@ class Replay:
     def add(self, image, action, reward, is_first, is_terminal) -> None:
         """Store one row of every environment; the arguments are the fields of Row."""
         slot = int(self.written[0]) % self.length
-        for key, value in zip(Row._fields, (image, action, reward, is_first, is_terminal)):
-            self.rows[key][:, slot] = value
+        for k, v in zip(Row._fields, (image, action, reward, is_first, is_terminal)):
+            self.rows[k][:, slot] = v
         self.written[0] += 1  # last: a row exists once it is whole
 
     def sample(self, batch_size: int, seq_len: int) -> dict[str, Tensor]:
