@@ -73,14 +73,13 @@ DEPARTURES from paper or code; the flag that switches each or the test that hold
     D10 0 to 29 no-ops at a reset (ale-py). Code: 1 to 30.      --noops 31: 0 to 30
     D11 bfloat16 on CUDA, else float32. Code: float16.          --precision fp32
     D12 The slow critic is born as a copy. Code: at random.     test_slow_critic
+    D13 The start's discount is the true one (2.2.0). Before: predicted. test_true_start
 """
 from __future__ import annotations
 
 import argparse
 import collections
-import contextlib
 import copy
-import ctypes
 import dataclasses
 import difflib
 import functools
@@ -91,7 +90,6 @@ import os
 import re
 import signal
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -101,11 +99,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 __version__ = "0.1.0"
-
 
 # %% Part 1 | Configuration
 # Every number of the algorithm. Only Agent.__init__ and Part 12 read it: everything
@@ -115,7 +111,6 @@ __version__ = "0.1.0"
 @dataclasses.dataclass
 class Config:
     """The settings of a run. Each field is a flag, its comment is the flag's help.
-
     >>> (Config.steps - Config.prefill_steps) // Config.steps_per_update
     12487500
     """
@@ -154,6 +149,8 @@ class Config:
     kl_balance: float = 0.8  # share of the KL that trains the prior, α; paper: 0.8
     free_nats: float = 0.0  # the average KL below this is not trained; authors' code: 0
     discount_scale: float = 5.0  # weight of the discount loss; authors' code: 5
+    discount_head: bool = True  # predict episode ends; no: every discount is γ
+    reward_tanh: bool = True  # learn tanh(r) instead of r; paper: yes for Atari
     model_lr: float = 2e-4  # learning rate of the world model; paper: 2e-4
     # Behaviour
     horizon: int = 15  # imagined steps, H; paper: 15
@@ -161,11 +158,21 @@ class Config:
     return_lambda: float = 0.95  # λ of the return; paper: 0.95
     reinforce_mix: float = 1.0  # ρ: 1 is all Reinforce, 0 all dynamics; paper: 1
     entropy_scale: float = 1e-3  # weight of the policy's entropy, η; paper: 1e-3
+    anneal_steps: int = 0  # decisions in which ρ and η move to the two ends; 0: never
+    reinforce_mix_end: float = 1.0  # ρ after anneal_steps
+    entropy_scale_end: float = 3e-4  # η after anneal_steps
     actor_lr: float = 4e-5  # learning rate of the actor; paper: 4e-5
     critic_lr: float = 1e-4  # learning rate of the critic; paper: 1e-4
     slow_every_updates: int = 100  # gradient steps between slow copies; paper: 100
     slow_baseline: bool = False  # take the baseline from the slow critic [D4]
     shifted_advantage: bool = False  # credit a_t with V_{t+1} instead of V_t [D5]
+    # Ablations: Table 2's gamer median and clipped record mean; full agent 1.64, 0.25
+    layer_norm: bool = True  # normalise the GRU's gates; without: 1.66, 0.25
+    reward_gradients: bool = True  # reward loss trains the RSSM; without: 1.68, 0.24
+    discrete_latents: bool = True  # z is categorical; without (Gaussian): 1.08, 0.19
+    kl_balancing: bool = True  # Algorithm 2; without, the plain KL: 0.84, 0.16
+    policy_reinforce: bool = True  # Reinforce gradients; without, ρ = 0: 0.69, 0.15
+    image_gradients: bool = True  # image loss trains the RSSM; without: 0.04, 0.01
     # Optimisers
     adam_eps: float = 1e-5  # Adam's epsilon; paper: 1e-5
     grad_clip: float = 100.0  # largest global gradient norm, per optimiser; paper: 100
@@ -176,10 +183,20 @@ class Config:
     eval_episodes: int = 1  # episodes of an evaluation, 0: none; authors' code: 1
     checkpoint_every_steps: int = 10_000  # decisions between checkpoints
 
-
 # A preset is a set of values that differ from the paper's; flags override both.
 PRESETS = {
     "atari": {},
+    "released": dict(  # the authors' code, version 2.2.0; D8 to D12 remain
+        steps_per_update=16, batch_size=16, gamma=0.999, slow_baseline=True,
+        shifted_advantage=True, full_action_space=False, noops=31),
+    "schedules": dict(  # the paper's row of that name: their first version, faf9e4c
+        gamma=0.999, anneal_steps=2_500_000, reinforce_mix=0.9, entropy_scale=3e-3),
+    "continuous": dict(  # the authors' code for the Control Suite from images
+        steps=500_000, action_repeat=2, replay_capacity=500_000, prefill_steps=1_000,
+        steps_per_update=5, deter_size=200, hidden_size=200, kl_scale=1.0,
+        free_nats=1.0, discount_head=False, reward_tanh=False, model_lr=3e-4,
+        gamma=0.99, reinforce_mix=0.0, entropy_scale=1e-4, actor_lr=8e-5,
+        critic_lr=8e-5, eval_every_steps=10_000),
     "small": dict(
         steps=10_000, replay_capacity=100_000, prefill_steps=2_500, steps_per_update=2,
         batch_size=16, seq_len=8, num_latents=16, num_classes=16, deter_size=128,
@@ -195,7 +212,6 @@ PRESETS = {
         checkpoint_every_steps=400),
 }
 
-
 # %% Part 2 | Gradient tricks (Alg. 1, 2)
 # Two ideas make discrete latents trainable: a sample that carries the gradient of its
 # probabilities, and a KL that pulls the prior harder than the posterior.
@@ -204,14 +220,11 @@ PRESETS = {
 
 def straight_through_sample(logits: Tensor) -> Tensor:
     """One-hot sample that passes gradients as if it were the probabilities. [Alg. 1]
-
         sample = one_hot(draw(logits)),  probs = softmax(logits)
         return sample + probs - sg(probs)
-
     logits (..., K) -> (..., K), exactly one-hot, with the softmax's gradient: biased,
     but of little variance. The draw is Gumbel's: argmax(logits + noise) is distributed
     as softmax(logits) and, unlike torch.multinomial, never makes the host wait.
-
     >>> _ = torch.manual_seed(0)
     >>> logits = torch.tensor([0.0, math.log(3.0)], requires_grad=True)   # probs ¼, ¾
     >>> round(straight_through_sample(logits.expand(9000, 2))[:, 1].mean().item(), 2)
@@ -228,10 +241,8 @@ def straight_through_sample(logits: Tensor) -> Tensor:
     # through z. In brackets they cancel exactly, so the value stays one-hot.
     return sample + (probs - probs.detach())
 
-
 def categorical_entropy(logits: Tensor) -> Tensor:
     """Entropy in nats over the last axis, (..., K) -> (...); at most ln K.
-
     >>> round(categorical_entropy(torch.zeros(18)).item(), 2)       # a policy at random
     2.89
     >>> round(32 * categorical_entropy(torch.zeros(32)).item(), 1)   # z at random
@@ -240,14 +251,10 @@ def categorical_entropy(logits: Tensor) -> Tensor:
     log_p = logits.log_softmax(-1)
     return -(log_p.exp() * log_p).sum(-1)
 
-
 def categorical_kl(p_logits: Tensor, q_logits: Tensor) -> Tensor:
     """KL(p ‖ q) in nats of S independent categoricals, (..., S, K) twice -> (...).
-
         KL(p ‖ q) = Σ_s Σ_k p[s, k] · (ln p[s, k] - ln q[s, k])
-
     It is not symmetric: p, the first argument, weighs the logs.
-
     >>> p = torch.tensor([[1.0, 1.0]]).log()                # one latent, ½ ½
     >>> q = torch.tensor([[3.0, 1.0]]).log()                # one latent, ¾ ¼
     >>> round(categorical_kl(p, q).item(), 4)               # ½ ln(½ / ¾) + ½ ln(½ / ¼)
@@ -258,18 +265,15 @@ def categorical_kl(p_logits: Tensor, q_logits: Tensor) -> Tensor:
     log_p, log_q = p_logits.log_softmax(-1), q_logits.log_softmax(-1)
     return (log_p.exp() * (log_p - log_q)).sum((-2, -1))
 
-
-def balanced_kl(posterior: Tensor, prior: Tensor, alpha: float):
+def balanced_kl(posterior: Tensor, prior: Tensor, alpha: float | None,
+                kl=categorical_kl):
     """KL balancing: train the prior faster than the posterior. [Alg. 2]
-
         loss = α KL(sg(posterior) ‖ prior) + (1 - α) KL(posterior ‖ sg(prior))
-
     posterior, prior: logits (..., S, K) -> (loss, kl), each (...) in nats. Both terms
     have the same value, so loss equals kl; only the gradients differ. The first teaches
     the prior to predict, the second keeps the posterior predictable. The direction is
-    always KL(posterior ‖ prior). Authors' code: at α = 0.5 exactly both sides get the
-    full gradient, not half.
-
+    always KL(posterior ‖ prior). α = None is the plain KL, with its full gradient to
+    both (--no-kl-balancing); so is α = 0.5 in the authors' code, but here that halves.
     >>> post = torch.tensor([[1.0, 1.0]]).log().requires_grad_()
     >>> prior = torch.tensor([[3.0, 1.0]]).log().requires_grad_()
     >>> loss, kl = balanced_kl(post, prior, alpha=0.75)
@@ -282,12 +286,83 @@ def balanced_kl(posterior: Tensor, prior: Tensor, alpha: float):
     >>> loss.item(), torch.autograd.grad(loss, post)[0].tolist()    # ... and no pull
     (0.0, [[0.0, 0.0]])
     """
-    train_prior = categorical_kl(posterior.detach(), prior)
-    train_posterior = categorical_kl(posterior, prior.detach())
+    if alpha is None:
+        plain = kl(posterior, prior)
+        return plain, plain.detach()
+    train_prior = kl(posterior.detach(), prior)
+    train_posterior = kl(posterior, prior.detach())
     # Without the balance (α = ½) a poor prior drags the posterior towards itself before
     # it has learned anything. Paper, Table 2: the gamer median falls from 1.64 to 0.84.
     return alpha * train_prior + (1 - alpha) * train_posterior, train_prior.detach()
 
+HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
+
+def mean_std(params: Tensor) -> tuple[Tensor, Tensor]:
+    """The last axis in halves, (..., 2K) -> mean and standard deviation, each (..., K).
+    Authors' code: the deviation is 2·σ(s / 2) + 0.1, between 0.1 and 2.1."""
+    mean, s = params.chunk(2, -1)
+    return mean, 2 * torch.sigmoid(s / 2) + 0.1
+
+def gaussian_sample(params: Tensor) -> Tensor:
+    """Mean + deviation · noise, (..., 2K) -> (..., K); gradients reach both."""
+    mean, std = mean_std(params)
+    return mean + std * torch.randn_like(mean)
+
+def gaussian_entropy(params: Tensor) -> Tensor:
+    """Σ_k ln σ_k + ½ ln 2πe, in nats, (..., 2K) -> (...)."""
+    _, std = mean_std(params)
+    return (std.log() + HALF_LOG_2PI + 0.5).sum(-1)
+
+def gaussian_kl(p_params: Tensor, q_params: Tensor) -> Tensor:
+    """KL(p ‖ q) in nats of S·K independent normals, (..., S, 2K) twice -> (...).
+        Σ  ln(σ_q / σ_p) + (σ_p² + (μ_p - μ_q)²) / 2σ_q² - ½
+    >>> p, q = torch.tensor([[0.0, 0.0]]), torch.tensor([[1.1, 0.0]])     # both σ = 1.1
+    >>> round(gaussian_kl(p, q).item(), 4)                       # one σ apart
+    0.5
+    """
+    (mean_p, std_p), (mean_q, std_q) = mean_std(p_params), mean_std(q_params)
+    squares = (std_p ** 2 + (mean_p - mean_q) ** 2) / (2 * std_q ** 2)
+    return ((std_q / std_p).log() + squares - 0.5).sum((-2, -1))
+
+class OneHot(torch.distributions.OneHotCategorical):
+    """The policy over A discrete actions, one-hot, from the actor's logits (..., A)."""
+    def __init__(self, logits: Tensor):
+        super().__init__(logits=logits, validate_args=False)
+
+    def rsample(self) -> Tensor:
+        """An action (..., A) that carries the gradient of the probabilities."""
+        return straight_through_sample(self.logits)
+
+class TruncatedNormal:
+    """The policy over A continuous actions in [-1, 1]: a normal without its tails, from
+    the actor's params (..., 2A), see mean_std; a tanh keeps the mode inside.
+    >>> policy = TruncatedNormal(torch.zeros(9000, 2))     # mode 0, deviation 1.1
+    >>> policy.rsample().abs().max().item() <= 1, round(policy.entropy()[0].item(), 3)
+    (True, 0.686)
+    """
+    def __init__(self, params: Tensor):
+        mean, self.std = mean_std(params)
+        self.mode = mean.tanh()
+        self.low, self.high = (-1 - self.mode) / self.std, (1 - self.mode) / self.std
+        self.below = torch.special.ndtr(self.low)  # Φ(low): the tail cut off there
+        self.inside = torch.special.ndtr(self.high) - self.below
+
+    def rsample(self) -> Tensor:
+        """An action (..., A): Φ⁻¹ of uniform noise, so mode and std get gradients."""
+        p = self.below + self.inside * torch.rand_like(self.mode)
+        action = self.mode + self.std * torch.special.ndtri(p.clamp(1e-6, 1 - 1e-6))
+        return action.clamp(-1, 1)
+
+    def log_prob(self, action: Tensor) -> Tensor:
+        """ln of the density at actions (..., A) -> (...)."""
+        nll = 0.5 * ((action - self.mode) / self.std) ** 2 + HALF_LOG_2PI
+        return -(nll + (self.std * self.inside).log()).sum(-1)
+
+    def entropy(self) -> Tensor:
+        """In nats, (...); at most A·ln 2, that of uniform actions."""
+        low, high = (x * (-0.5 * x ** 2).exp() for x in (self.low, self.high))
+        cut = (low - high) / (2 * math.sqrt(2 * math.pi) * self.inside)
+        return (HALF_LOG_2PI + 0.5 + (self.std * self.inside).log() + cut).sum(-1)
 
 # %% Part 3 | Networks
 # Plain feed-forward pieces and the one recurrent cell.
@@ -301,10 +376,8 @@ def glorot_init(module: nn.Module) -> None:
         nn.init.xavier_uniform_(module.weight)
         nn.init.zeros_(module.bias)
 
-
 def mlp(in_size: int, out_size: int, layers: int = 4, units: int = 400):
     """(..., in_size) -> (..., out_size): hidden layers with ELU, then a linear output.
-
     >>> sum(p.numel() for p in mlp(1624, 18).parameters())      # the paper's actor
     1138418
     """
@@ -315,15 +388,12 @@ def mlp(in_size: int, out_size: int, layers: int = 4, units: int = 400):
     network.register_forward_hook(lambda *call: call[-1].float())  # under autocast too
     return network
 
-
 class ConvEncoder(nn.Module):
     """Images (N, ..., C, 64, 64) -> embeddings (N, ..., 32·depth).
-
     >>> encoder = ConvEncoder(1, depth=48)
     >>> encoder(torch.zeros(7, 1, 64, 64)).shape    # 64 -> 31 -> 14 -> 6 -> 2; 2·2·384
     torch.Size([7, 1536])
     """
-
     def __init__(self, channels: int, depth: int = 48):
         super().__init__()
         sizes = [channels, depth, 2 * depth, 4 * depth, 8 * depth]
@@ -337,17 +407,13 @@ class ConvEncoder(nn.Module):
         out = self.net(image.flatten(0, -4))
         return out.reshape(*image.shape[:-3], self.embed_dim)
 
-
 class ConvDecoder(nn.Module):
     """Features (N, ..., F) -> mean images (N, ..., C, 64, 64).
-
     The linear layer makes a 1×1 image, without activation; the others grow it.
-
     >>> decoder = ConvDecoder(1624, 1, depth=48)
     >>> decoder(torch.zeros(7, 1624)).shape                 # 1 -> 5 -> 13 -> 30 -> 64
     torch.Size([7, 1, 64, 64])
     """
-
     def __init__(self, feature_size: int, channels: int, depth: int = 48):
         super().__init__()
         self.linear = nn.Linear(feature_size, 32 * depth)
@@ -367,31 +433,27 @@ class ConvDecoder(nn.Module):
         out = self.net[1:](out + bias[:, None, None])
         return out.reshape(*feature.shape[:-1], *out.shape[1:]).float()
 
-
 class LayerNormGRUCell(nn.Module):
     """The authors' GRU: one linear, one layer norm over all three gates together.
-
         reset, cand, update = split(LayerNorm(W [x, h] + b))
         c  = tanh(σ(reset) · cand)
         u  = σ(update - 1)
         h' = u · c + (1 - u) · h
-
     x (..., input), h (..., D) -> h' (..., D). Beside the norm, three things differ from
     torch's GRUCell: the reset gate scales all of the candidate, input part too; the
     bias of -1 makes it slow to forget at first (u = σ(-1) = 0.27); u weighs the NEW
-    candidate. The norm is the model's only one; ε is Keras's 1e-3. Without it the gamer
-    mean falls from 11.33 to 5.95, the median does not (paper, Table 2).
-
+    candidate. The norm is the model's only one; ε is Keras's 1e-3. Without it
+    (--no-layer-norm) the gamer mean falls from 11.33 to 5.95, the median does not.
     >>> cell = LayerNormGRUCell(2, 1)
     >>> for p in cell.parameters(): _ = nn.init.zeros_(p)   # all gates zero
     >>> round(cell(torch.zeros(1, 2), torch.ones(1, 1)).item(), 4)      # 1 - σ(-1)
     0.7311
     """
-
-    def __init__(self, input_size: int, hidden_size: int):
+    def __init__(self, input_size: int, hidden_size: int, layer_norm: bool = True):
         super().__init__()
-        self.linear = nn.Linear(input_size + hidden_size, 3 * hidden_size)
-        self.norm = nn.LayerNorm(3 * hidden_size, eps=1e-3)
+        size = 3 * hidden_size
+        self.linear = nn.Linear(input_size + hidden_size, size)
+        self.norm = nn.LayerNorm(size, eps=1e-3) if layer_norm else nn.Identity()
 
     def forward(self, x: Tensor, h: Tensor) -> Tensor:
         gates = self.norm(self.linear(torch.cat([x, h], -1)).float())
@@ -400,7 +462,6 @@ class LayerNormGRUCell(nn.Module):
         # Without the -1 half of h is overwritten at every step from the start.
         update = torch.sigmoid(update - 1)
         return update * candidate + (1 - update) * h
-
 
 # %% Part 4 | RSSM (Eq. 1)
 # The recurrent state-space model: what the agent believes about the world.
@@ -427,13 +488,10 @@ class State(NamedTuple):
         """[z, h] (..., S·K + D): what every head, the actor and the critic see."""
         return torch.cat([self.z.flatten(-2), self.h], -1)
 
-
 class RSSM(nn.Module):
     """Recurrent state-space model with categorical latents. [Eq. 1]
-
     `img_step` goes on without an image (imagination), `obs_step` with one (acting), and
     `observe` through a whole sequence (training): the fast twin of obs_step in a loop.
-
     >>> rssm = RSSM(action_dim=2, embed_dim=12, num_latents=3, num_classes=4,
     ...             deter_size=8, hidden_size=7)
     >>> posterior, prior_logits = rssm.observe(
@@ -444,26 +502,32 @@ class RSSM(nn.Module):
     torch.Size([5, 6, 20])
     """
     features = staticmethod(State.feature.fget)  # features(state) is state.feature
+    params_per_class = 1
 
     def __init__(self, action_dim: int, embed_dim: int, num_latents: int = 32,
-                 num_classes: int = 32, deter_size: int = 600, hidden_size: int = 600):
+                 num_classes: int = 32, deter_size: int = 600, hidden_size: int = 600,
+                 layer_norm: bool = True):
         super().__init__()
         self.latent_shape = (num_latents, num_classes)
         self.deter_size, self.action_dim = deter_size, action_dim
         latent_size = num_latents * num_classes
         self.feature_size = latent_size + deter_size
         self.img_in = nn.Linear(latent_size + action_dim, hidden_size)
-        self.cell = LayerNormGRUCell(hidden_size, deter_size)
+        self.cell = LayerNormGRUCell(hidden_size, deter_size, layer_norm)
         self.prior_in = nn.Linear(deter_size, hidden_size)
-        self.prior_out = nn.Linear(hidden_size, latent_size)
+        self.prior_out = nn.Linear(hidden_size, self.params_per_class * latent_size)
         self.post_in = nn.Linear(deter_size + embed_dim, hidden_size)
-        self.post_out = nn.Linear(hidden_size, latent_size)
+        self.post_out = nn.Linear(hidden_size, self.params_per_class * latent_size)
 
     def initial(self, n: int) -> State:
         """n fresh states: zeros, not learned."""
         h = self.img_in.weight.new_zeros(n, self.deter_size)
         z = h.new_zeros(n, *self.latent_shape)
-        return State(h, z, z)
+        return State(h, z, z.repeat(1, 1, self.params_per_class))
+
+    def sample(self, logits: Tensor) -> Tensor:
+        """z, (..., S, K), of its distribution."""
+        return straight_through_sample(logits)
 
     def recurrent(self, state: State, action: Tensor) -> Tensor:
         """h[t] = f(h[t-1], z[t-1], action[t]), (N, D)."""
@@ -473,13 +537,13 @@ class RSSM(nn.Module):
     def prior_logits(self, h: Tensor) -> Tensor:
         """Logits of p(ẑ[t] | h[t]), (..., D) -> (..., S, K)."""
         logits = self.prior_out(F.elu(self.prior_in(h))).float()
-        return logits.unflatten(-1, self.latent_shape)
+        return logits.unflatten(-1, (self.latent_shape[0], -1))
 
     def img_step(self, state: State, action: Tensor) -> State:
         """One step without an image: z comes from the prior. action (N, A)."""
         h = self.recurrent(state, action)
         logits = self.prior_logits(h)
-        return State(h, straight_through_sample(logits), logits)
+        return State(h, self.sample(logits), logits)
 
     def obs_step(self, state: State, action: Tensor, embed: Tensor,
                  is_first: Tensor) -> State:
@@ -491,16 +555,14 @@ class RSSM(nn.Module):
         fresh = State(state.h * keep, state.z * keep[:, None], state.logits)
         h = self.recurrent(fresh, action * keep)
         logits = self.post_out(F.elu(self.post_in(torch.cat([h, embed], -1))))
-        logits = logits.float().unflatten(-1, self.latent_shape)
-        return State(h, straight_through_sample(logits), logits)
+        logits = logits.float().unflatten(-1, (self.latent_shape[0], -1))
+        return State(h, self.sample(logits), logits)
 
     def observe(self, embeds: Tensor, actions: Tensor, is_first: Tensor,
                 state: State | None = None) -> tuple[State, Tensor]:
         """A whole sequence with images.
-
         embeds (T, B, E), actions (T, B, A), is_first (T, B) bool -> posterior states
         and prior logits over (T, B). `state` precedes step 0; None starts from zeros.
-
         obs_step, T times, with all that needs no result of the step before taken out of
         the loop. A linear layer of a concatenation is a sum, W [h, e] + b = W_h h +
         (W_e e + b): the embedding's part and the action's are one product each for all
@@ -518,19 +580,26 @@ class RSSM(nn.Module):
         from_embed = F.linear(embeds, embed_weight, self.post_in.bias)
 
         h, z, _ = self.initial(embeds.shape[1]) if state is None else state
-        z = z.flatten(-2)
-        steps = []
+        z, steps = z.flatten(-2), []
         for t in range(len(embeds)):
             x = F.elu(F.linear(z * keep[t], z_weight) + from_action[t])
             h = self.cell(x, h * keep[t])
             logits = self.post_out(F.elu(F.linear(h, h_weight) + from_embed[t]))
-            logits = logits.float().unflatten(-1, self.latent_shape)
-            z = straight_through_sample(logits).flatten(-2)
+            logits = logits.float().unflatten(-1, (self.latent_shape[0], -1))
+            z = self.sample(logits).flatten(-2)
             steps.append((h, z, logits))
         h, z, logits = (torch.stack(x) for x in zip(*steps))
         posterior = State(h, z.unflatten(-1, self.latent_shape), logits)
         return posterior, self.prior_logits(h)
 
+class GaussianRSSM(RSSM):
+    """The ablation --no-discrete-latents: z is S·K normal numbers instead of S one-hot
+    vectors of K, and State.logits (..., S, 2K) holds their parameters, see mean_std."""
+    params_per_class = 2
+
+    def sample(self, logits: Tensor) -> Tensor:
+        """z, (..., S, K), reparameterised."""
+        return gaussian_sample(logits)
 
 # %% Part 5 | World model (Eq. 2)
 # All that is learned from real experience: the RSSM, an encoder that feeds it, and
@@ -538,28 +607,26 @@ class RSSM(nn.Module):
 # In: a batch of rows (T, B, ...). Out: a loss, and states where imagination starts.
 # Predict: a decoder outputs the exact image. What is its negative log-likelihood?
 
-HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
-
-
 def normal_nll(mean: Tensor, target: Tensor) -> Tensor:
     """-ln Normal(target; mean, 1) of each element: half the squared error, plus 0.919.
     The constant trains nothing, but with it a perfect image has a loss of 3764:
-
     >>> image = torch.zeros(1, 64, 64)
     >>> round(normal_nll(image, image).sum().item())
     3764
     """
     return 0.5 * (target - mean) ** 2 + HALF_LOG_2PI
 
-
 class WorldModel(nn.Module):
     """Encoder, RSSM, image, reward and discount heads, and their loss. [Eq. 2]"""
-
     def __init__(self, action_dim: int, channels: int = 1, *, cnn_depth: int = 48,
-                 mlp_layers: int = 4, mlp_units: int = 400, **rssm_sizes: int):
+                 mlp_layers: int = 4, mlp_units: int = 400, discrete: bool = True,
+                 **rssm_sizes: int):
         super().__init__()
+        rssm, self.kl, self.entropy = (
+            (RSSM, categorical_kl, categorical_entropy) if discrete else
+            (GaussianRSSM, gaussian_kl, gaussian_entropy))
         self.encoder = ConvEncoder(channels, cnn_depth)
-        self.rssm = RSSM(action_dim, self.encoder.embed_dim, **rssm_sizes)
+        self.rssm = rssm(action_dim, self.encoder.embed_dim, **rssm_sizes)
         size = self.rssm.feature_size
         self.decoder = ConvDecoder(size, channels, cnn_depth)
         self.reward_head = mlp(size, 1, mlp_layers, mlp_units)
@@ -580,13 +647,13 @@ class WorldModel(nn.Module):
         return self.discount_head(feature).squeeze(-1).sigmoid()
 
     def loss(self, image: Tensor, action: Tensor, reward: Tensor, is_first: Tensor,
-             is_terminal: Tensor, *, gamma: float, kl_scale: float, kl_balance: float,
-             discount_scale: float, free_nats: float = 0.0):
+             is_terminal: Tensor, *, gamma: float, kl_scale: float,
+             kl_balance: float | None, discount_scale: float, free_nats: float = 0.0,
+             reward_tanh: bool = True, image_gradients: bool = True,
+             reward_gradients: bool = True):
         """The world-model loss of one batch. [Eq. 2]
-
             E_q Σ_t [ -ln p(x[t] | h[t], z[t]) - ln p(r[t] | h[t], z[t])
                       -ln p(γ[t] | h[t], z[t]) + β KL(q(z | h[t], x[t]) ‖ p(z | h[t])) ]
-
         image (T, B, C, 64, 64) uint8, action (T, B, A), reward, is_first, is_terminal
         (T, B) -> loss (scalar), posterior State over (T, B), metrics. Summed over
         pixels and latents, averaged over T and B [D7]: the image, 4096 terms against
@@ -595,20 +662,22 @@ class WorldModel(nn.Module):
         target = self.preprocess(image)
         posterior, prior = self.rssm.observe(self.encoder(target), action, is_first)
         feature = self.rssm.features(posterior)
-        mean = self.decoder(feature)
+        # Two ablations: the head learns as before, from states that it cannot change.
+        mean = self.decoder(feature if image_gradients else feature.detach())
         assert mean.shape == image.shape, "the decoder must return the encoder's shape"
         image_loss = normal_nll(mean, target).sum((-3, -2, -1)).mean()
         # The tanh tames games that score by the thousand. It lives here and nowhere
         # else: replay keeps raw rewards, and scores are reported raw.
-        reward_target = reward.tanh()
-        reward_mean = self.predict_reward(feature)
+        reward_target = reward.tanh() if reward_tanh else reward
+        reward_mean = self.predict_reward(
+            feature if reward_gradients else feature.detach())
         reward_loss = normal_nll(reward_mean, reward_target).mean()
         # A soft target, γ or 0, not 1 or 0: the head's mean then IS the discount, and a
         # truncated episode (not terminal) keeps its γ. Rounded, γ would become 1.
         discount_target = gamma * (1 - is_terminal.float())
         discount_loss = F.binary_cross_entropy_with_logits(
             self.discount_head(feature).squeeze(-1), discount_target)
-        kl_loss, kl = balanced_kl(posterior.logits, prior, kl_balance)
+        kl_loss, kl = balanced_kl(posterior.logits, prior, kl_balance, self.kl)
         kl_loss = kl_loss.mean().clamp(min=free_nats)
         loss = (image_loss + reward_loss + discount_scale * discount_loss
                 + kl_scale * kl_loss)
@@ -618,10 +687,9 @@ class WorldModel(nn.Module):
                 discount_loss=discount_loss, kl=kl.mean(),
                 image_mse=F.mse_loss(mean, target),
                 reward_mse=F.mse_loss(reward_mean, reward_target),
-                prior_entropy=categorical_entropy(prior).sum(-1).mean(),
-                posterior_entropy=categorical_entropy(posterior.logits).sum(-1).mean())
+                prior_entropy=self.entropy(prior).sum(-1).mean(),
+                posterior_entropy=self.entropy(posterior.logits).sum(-1).mean())
         return loss, posterior, {k: v.detach() for k, v in metrics.items()}
-
 
 # %% Part 6 | Imagination
 # The actor plays in its head, from each of the N = T·B posterior states of the batch.
@@ -630,19 +698,17 @@ class WorldModel(nn.Module):
 
 def imagine(img_step, actor, start: State, horizon: int) -> tuple[Tensor, Tensor]:
     """Roll the world model forward with the actor's sampled actions (paper, Fig. 3).
-
         z[0] ──────► z[1] ──────► z[2] ── ... ──► z[H]       features[t] = [z[t], h[t]]
             actions[1]   actions[2]                          actions[t] led to state t
-
-    img_step: (State, action) -> State, as RSSM.img_step; actor: features -> logits;
-    start: State over (N,). -> features (H+1, N, F), actions (H+1, N, A) one-hot.
-    Nothing chose actions[0]: it is zero. Samples are straight-through, so gradients of
-    later states can reach the actor; Reinforce calls this under torch.no_grad().
-
+    img_step: (State, action) -> State, as RSSM.img_step; actor: features -> a policy
+    with rsample(), as OneHot; start: State over (N,). -> features (H+1, N, F), actions
+    (H+1, N, A). Nothing chose actions[0]: it is zero. Samples carry gradients, so those
+    of later states can reach the actor; Reinforce calls this under torch.no_grad().
     >>> def clock(state, action):                             # a world that only counts
     ...     return State(state.h + 1, state.z, state.logits)
     >>> start = State(torch.zeros(2, 1), torch.zeros(2, 1, 1), torch.zeros(2, 1, 1))
-    >>> features, actions = imagine(clock, nn.Linear(2, 3), start, horizon=3)
+    >>> actor = lambda feature: OneHot(torch.zeros(2, 3))
+    >>> features, actions = imagine(clock, actor, start, horizon=3)
     >>> features[:, 0, 1].tolist()                # feature = [z, h], and h is the clock
     [0.0, 1.0, 2.0, 3.0]
     >>> actions.sum(-1)[:, 0].tolist()            # nothing, then one-hot actions
@@ -651,12 +717,11 @@ def imagine(img_step, actor, start: State, horizon: int) -> tuple[Tensor, Tensor
     state, features, actions = start, [start.feature], []
     for _ in range(horizon):
         # Without the detach, dynamics gradients would also run through what it SEES.
-        action = straight_through_sample(actor(features[-1].detach()))
+        action = actor(features[-1].detach()).rsample()
         state = img_step(state, action)
         features.append(state.feature)
         actions.append(action)
     return torch.stack(features), torch.stack([torch.zeros_like(actions[0])] + actions)
-
 
 # %% Part 7 | Returns and losses (Eq. 4-6)
 # What the imagined sequences are worth, and how the actor and the critic learn from it.
@@ -676,13 +741,10 @@ def imagine(img_step, actor, start: State, horizon: int) -> tuple[Tensor, Tensor
 def lambda_return(reward: Tensor, value: Tensor, discount: Tensor,
                   lambda_: float) -> Tensor:
     """λ-returns: a weighted mean of all n-step returns. [Eq. 4]
-
         V[t] = r[t] + γ[t] · ((1 - λ) · v(z[t+1]) + λ · V[t+1]),    V[H] = v(z[H])
-
     value (H+1, N); reward and discount (H, N), or (H+1, N) whose last entry is not used
     -> returns (H, N), for t = 0 .. H-1. It bootstraps from the NEXT state's value: with
     v(z[t]) in its place the critic would be trained towards itself.
-
     >>> r, v = torch.tensor([1.0, 2.0]), torch.tensor([8.0, 4.0, 2.0])
     >>> g = torch.tensor([0.5, 0.5])
     >>> lambda_return(r, v, g, 0.5).tolist()        # 1 + ½·(½·4 + ½·3),  2 + ½·2
@@ -699,29 +761,21 @@ def lambda_return(reward: Tensor, value: Tensor, discount: Tensor,
         returns.append(target)
     return torch.stack(returns[::-1])
 
-
 def trajectory_weights(discount: Tensor) -> Tensor:
     """How much each imagined state counts: the chance to be there, discounted.
-
         w[t] = Π_{i < t} γ[i],    w[0] = 1
-
     discount (H, N) -> weights (H, N). States after a predicted end of the episode
     have a weight near zero: the model knows nothing of them. The first weight is 1,
     whatever γ[0] is: we ARE in the start state.
-
     >>> trajectory_weights(torch.tensor([0.5, 0.5, 0.0, 0.5])).tolist()
     [1.0, 0.5, 0.25, 0.0]
     """
     return torch.cat([torch.ones_like(discount[:1]), discount[:-1]]).cumprod(0)
 
-
 def critic_loss(value: Tensor, returns: Tensor, weights: Tensor):
     """Squared error towards the returns. [Eq. 5]
-
         mean over t, n of  w[t] · ½ (v(z[t]) - sg(V[t]))²
-
     value, returns, weights (H, N), t = 0 .. H-1 -> loss (scalar), metrics. [D7]
-
     >>> v, V = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 6.0])
     >>> w = torch.tensor([1.0, 0.5])
     >>> critic_loss(v, V, w)[0].item()              # (1·½·4 + ½·½·16) / 2
@@ -731,24 +785,20 @@ def critic_loss(value: Tensor, returns: Tensor, weights: Tensor):
     return loss, dict(critic_loss=loss.detach(), value=value.detach().mean(),
                       returns=returns.detach().mean())
 
-
-def actor_loss(logits: Tensor, action: Tensor, returns: Tensor, baseline: Tensor,
+def actor_loss(log_prob: Tensor, entropy: Tensor, returns: Tensor, baseline: Tensor,
                weights: Tensor, *, entropy_scale: float, reinforce_mix: float = 1.0):
     """Reinforce, dynamics backpropagation and entropy. [Eq. 6]
-
         mean over t, n of  w[t] · ( - ρ · ln p(a_t | z[t]) · sg(V[t] - v(z[t]))
                                     - (1 - ρ) · V[t]
                                     - η · entropy(p(· | z[t])) )
-
-    logits (H, N, A) of the policy in state t; action (H, N, A) one-hot, the one CHOSEN
-    in state t; returns, baseline, weights (H, N) -> loss (scalar), metrics. With ρ < 1
+    log_prob (H, N): ln p of a_t, the action CHOSEN in state t; entropy (H, N) of the
+    policy there; returns, baseline, weights (H, N) -> loss (scalar), metrics. For ρ < 1
     the returns must carry the actor's gradient. Subtracting v(z[t]), which knows
     nothing of a_t, keeps the expected gradient and removes most of its variance.
-
     >>> logits = torch.zeros(1, 2).requires_grad_()              # two equal actions
-    >>> chose_first = torch.tensor([[1.0, 0.0]])
+    >>> log_prob, H = logits.log_softmax(-1)[:, 0], torch.zeros(1)    # chose the first
     >>> V, v, w = torch.tensor([3.0]), torch.tensor([1.0]), torch.ones(1)
-    >>> loss, _ = actor_loss(logits, chose_first, V, v, w, entropy_scale=0.0)
+    >>> loss, _ = actor_loss(log_prob, H, V, v, w, entropy_scale=0.0)
     >>> round(loss.item(), 4)                                    # ln 2 · (3 - 1)
     1.3863
     >>> loss.backward(); logits.grad.tolist()    # descent: good gets likelier
@@ -757,15 +807,12 @@ def actor_loss(logits: Tensor, action: Tensor, returns: Tensor, baseline: Tensor
     # A number, not a path: with ρ < 1 the returns carry a gradient, and without the
     # detach Reinforce would send it on, times ln p.
     advantage = (returns - baseline).detach()
-    log_prob = (logits.log_softmax(-1) * action.detach()).sum(-1)
-    entropy = categorical_entropy(logits)
-    objective = reinforce_mix * log_prob * advantage + entropy_scale * entropy
-    if reinforce_mix < 1:
-        objective = objective + (1 - reinforce_mix) * returns
+    objective = (reinforce_mix * log_prob * advantage
+                 + (1 - reinforce_mix) * returns
+                 + entropy_scale * entropy)
     loss = -(weights * objective).mean()
     return loss, dict(actor_loss=loss.detach(), actor_entropy=entropy.detach().mean(),
                       advantage=advantage.mean())
-
 
 # %% Part 8 | Agent (Eq. 3)
 # The actor a_t ~ p(a_t | z_t) and the critic v(z_t) ≈ E Σ_{τ≥t} γ^{τ-t} r_τ [Eq. 3], on
@@ -775,10 +822,8 @@ def actor_loss(logits: Tensor, action: Tensor, returns: Tensor, baseline: Tensor
 
 class Optimizer:
     """Adam with global-norm clipping and decoupled decay, for the weights it is given.
-
     Authors' code: clip the gradient, then w <- (1 - decay)·w, NOT times the learning
     rate, then Adam. AdamW decays by lr·weight_decay, hence the division.
-
     >>> layer = nn.Linear(1, 1)
     >>> _ = nn.init.ones_(layer.weight)
     >>> opt = Optimizer(layer, lr=0.5, eps=0.0, clip=100.0, decay=0.25)
@@ -787,7 +832,6 @@ class Optimizer:
     >>> round(layer.weight.item(), 4)           # ¾·1, then Adam's first step, lr
     0.25
     """
-
     def __init__(self, module, *, lr: float, eps: float, clip: float, decay: float):
         self.weights, self.clip = list(module.parameters()), clip
         self.adam = torch.optim.AdamW(
@@ -804,16 +848,13 @@ class Optimizer:
         self.adam.step()
         return norm
 
-
 class CudaGraph:
     """Plays a function back on the GPU as one recording, where Python would launch its
     many small kernels one by one, slower than the GPU runs them. Noise is always new.
-
     function: dict of tensors -> dict of tensors; it reads no number back. For each set
     of options and shapes three calls run plainly (libraries choose algorithms, Adam
     makes its moments), the fourth records and plays. Inputs are copied in, outputs out.
     """
-
     def __init__(self, function):
         self.function, self.stream = function, torch.cuda.Stream()
         self.calls, self.graphs = collections.Counter(), {}
@@ -838,34 +879,41 @@ class CudaGraph:
         graph.replay()
         return {name: value.clone() for name, value in outputs.items()}
 
-
 class Agent(nn.Module):
     """World model, actor, critic, slow critic, and their three optimisers."""
-
     def __init__(self, config: Config, num_actions: int, channels: int = 1,
-                 device: torch.device | str = "cpu"):
+                 device: torch.device | str = "cpu", continuous: bool = False):
         super().__init__()
         c, self.num_actions, self.updates = config, num_actions, 0
-        self.device, self.precision = torch.device(device), c.precision
+        self.device = torch.device(device)
         on_gpu = self.device.type == "cuda"
-        if self.precision == "auto":
-            has_bf16 = on_gpu and torch.cuda.is_bf16_supported(False)
-            self.precision = "bf16" if has_bf16 else "fp32"
+        has_bf16 = on_gpu and torch.cuda.is_bf16_supported(False)
+        auto = "bf16" if has_bf16 else "fp32"
+        self.precision = auto if c.precision == "auto" else c.precision
         self.world_model = WorldModel(
             num_actions, channels, num_latents=c.num_latents, num_classes=c.num_classes,
             deter_size=c.deter_size, hidden_size=c.hidden_size, cnn_depth=c.cnn_depth,
-            mlp_layers=c.mlp_layers, mlp_units=c.mlp_units)
+            mlp_layers=c.mlp_layers, mlp_units=c.mlp_units, layer_norm=c.layer_norm,
+            discrete=c.discrete_latents)
         size = self.world_model.rssm.feature_size
-        self.actor = mlp(size, num_actions, c.mlp_layers, c.mlp_units)
+        self.distribution = TruncatedNormal if continuous else OneHot
+        outputs = num_actions * (2 if continuous else 1)
+        self.actor = mlp(size, outputs, c.mlp_layers, c.mlp_units)
         self.critic = mlp(size, 1, c.mlp_layers, c.mlp_units)
         self.apply(glorot_init)
         self.slow_critic = copy.deepcopy(self.critic)
         self.to(self.device)
         self.model_loss_args = dict(
-            gamma=c.gamma, kl_scale=c.kl_scale, kl_balance=c.kl_balance,
-            discount_scale=c.discount_scale, free_nats=c.free_nats)
-        self.actor_loss_args = dict(
-            entropy_scale=c.entropy_scale, reinforce_mix=c.reinforce_mix)
+            gamma=c.gamma, kl_scale=c.kl_scale, free_nats=c.free_nats,
+            kl_balance=c.kl_balance if c.kl_balancing else None,
+            discount_scale=c.discount_scale * c.discount_head,
+            reward_tanh=c.reward_tanh, reward_gradients=c.reward_gradients,
+            image_gradients=c.image_gradients)
+        mix = np.array([c.reinforce_mix, c.reinforce_mix_end]) * c.policy_reinforce
+        self.schedule = np.stack([mix, [c.entropy_scale, c.entropy_scale_end]])
+        self.anneal_steps = c.anneal_steps or math.inf
+        self.reinforce_mix, self.entropy_scale = torch.zeros(2, device=self.device)
+        self.discount_head = c.discount_head
         self.horizon, self.gamma, self.lambda_ = c.horizon, c.gamma, c.return_lambda
         self.slow_every_updates, self.slow_baseline, self.shift = (
             c.slow_every_updates, c.slow_baseline, int(c.shifted_advantage))
@@ -887,6 +935,10 @@ class Agent(nn.Module):
         return torch.autocast(self.device.type, torch.bfloat16,
                               enabled=self.precision == "bf16")
 
+    def policy(self, feature: Tensor):
+        """p(a_t | z_t) of states (..., F), with rsample, mode, log_prob, entropy."""
+        return self.distribution(self.actor(feature))
+
     @torch.no_grad()
     def act(self, image: Tensor, is_first: Tensor, memory=None, greedy: bool = False):
         """One decision for N environments: image (N, C, 64, 64) uint8, is_first (N,)
@@ -907,22 +959,26 @@ class Agent(nn.Module):
             embed = model.encoder(model.preprocess(inputs["image"]))
             state = model.rssm.obs_step(
                 last, inputs["action"], embed, inputs["is_first"])
-            logits = self.actor(state.feature)
-        action = (F.one_hot(logits.argmax(-1), self.num_actions).float() if greedy
-                  else straight_through_sample(logits))
+            policy = self.policy(state.feature)
+        action = policy.mode if greedy else policy.rsample()
         return state._asdict() | dict(action=action)
 
-    def train_step(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def train_step(self, batch: dict[str, Tensor], step: int = 0) -> dict[str, Tensor]:
         """One update: the rows of Replay.sample (T, B, ...) -> metrics, scalars on the
-        device. After updates 0, 100, 200, ... (slow_every_updates) the slow critic
-        becomes a copy: without it, the critic would chase its own latest guess."""
-        metrics = self.gradient_step(batch)  # on a GPU, a CUDA graph of it
+        device. `step`, decisions so far, anneals ρ and η. After updates 0, 100, 200 ...
+        (slow_every_updates) the slow critic becomes a copy: without it, the critic
+        would chase its own latest guess."""
+        done = min(1.0, step / self.anneal_steps)
+        mix, scale = self.schedule @ (1 - done, done)
+        # In place: a CUDA graph reads the two where they are.
+        self.reinforce_mix.fill_(mix), self.entropy_scale.fill_(scale)
+        metrics = self.gradient_step(batch, dynamics=bool(mix < 1))  # a graph on a GPU
         if self.updates % self.slow_every_updates == 0:
             self.slow_critic.load_state_dict(self.critic.state_dict())  # in place
         self.updates += 1
         return metrics
 
-    def gradient_step(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def gradient_step(self, batch: dict[str, Tensor], *, dynamics: bool):
         """One gradient step of world model, actor and critic: the whole algorithm."""
         # 1. World model: learn to predict what happened. [Eq. 2]
         with self.autocast():
@@ -933,13 +989,14 @@ class Agent(nn.Module):
         # 2. Imagine H steps from every posterior state, with the model just updated.
         #    The detach cuts behaviour off the encoder; only ρ < 1 needs gradients here.
         start = State(*(x.detach().flatten(0, 1) for x in posterior))  # (T, B) -> (N,)
-        dynamics = self.actor_loss_args["reinforce_mix"] < 1
         with self.autocast(), torch.set_grad_enabled(dynamics):
             features, actions = imagine(  # (H+1, N, F), (H+1, N, A)
-                self.world_model.rssm.img_step, self.actor, start, self.horizon)
+                self.world_model.rssm.img_step, self.policy, start, self.horizon)
             reward = self.world_model.predict_reward(features[:-1])
             discount = self.world_model.predict_discount(features[1:-1])
-            # The start state is a real one, so whether it was terminal is known.
+            if not self.discount_head:
+                discount = torch.full_like(discount, self.gamma)
+            # The start state is a real one, so whether it was terminal is known [D13].
             # Without this line a dead state's return counts a dream of life after it.
             true_discount = self.gamma * (1 - batch["is_terminal"].flatten().float())
             discount = torch.cat([true_discount[None], discount])
@@ -950,22 +1007,21 @@ class Agent(nn.Module):
         # 3. Critic: predict the returns. [Eq. 5]  State H only bootstraps.
         states, end = features[:-1].detach(), self.horizon - self.shift
         with self.autocast():
-            value, policy = self.critic(states).squeeze(-1), self.actor(states[:end])
-        loss_of_critic, more = critic_loss(value, returns, weights)
-        metrics |= more
+            value, policy = self.critic(states).squeeze(-1), self.policy(states[:end])
+        loss_of_critic, critic_metrics = critic_loss(value, returns, weights)
 
         # 4. Actor: make good returns likelier. [Eq. 6]  actions[t+1] was chosen in
         #    state t. shift = 1 (--shifted-advantage) credits it with V[t+1] [D5].
         baseline = slow_value[:-1] if self.slow_baseline else value
-        loss_of_actor, more = actor_loss(
-            policy, actions[1:end + 1], returns[self.shift:], baseline[:end],
-            weights[:end], **self.actor_loss_args)
-        metrics |= more
+        loss_of_actor, actor_metrics = actor_loss(
+            policy.log_prob(actions[1:end + 1].detach()), policy.entropy(),
+            returns[self.shift:], baseline[:end], weights[:end],
+            entropy_scale=self.entropy_scale, reinforce_mix=self.reinforce_mix)
+        metrics |= critic_metrics | actor_metrics
 
         metrics["actor_grad_norm"] = self.optimizers["actor"].step(loss_of_actor)
         metrics["critic_grad_norm"] = self.optimizers["critic"].step(loss_of_critic)
         return metrics
-
 
 # %% Part 9 | Replay
 # What happened, kept on disk. The learner is hungrier than the game is fast: a batch of
@@ -976,25 +1032,21 @@ class Agent(nn.Module):
 class UsageError(Exception):
     """Something the user can mend: Part 12 prints one line and exits with status 2."""
 
-
 class Row(NamedTuple):
     """One moment of N environments, aligned as the header's TIME says: action, reward
     CAME WITH the image; on an episode's first row both are zero. is_terminal means that
     the game ended; one cut by a time limit ends without it, it still had a future."""
     image: np.ndarray  # (N, C, 64, 64) uint8
-    action: np.ndarray  # (N, A) float32, one-hot
+    action: np.ndarray  # (N, A) float32, one-hot or in [-1, 1]
     reward: np.ndarray  # (N,) float32, raw
     is_first: np.ndarray  # (N,) bool
     is_terminal: np.ndarray  # (N,) bool
 
-
 class Replay:
     """A ring of rows for each environment, in one memory-mapped .npy file.
-
     `capacity` counts rows over all environments. The oldest row is overwritten first,
     one by one (FIFO), not episode by episode. Opening a directory that holds a replay
     of the same layout goes on with it; another layout raises UsageError.
-
     >>> import tempfile
     >>> folder = tempfile.TemporaryDirectory()
     >>> replay = Replay(folder.name, capacity=4, image_shape=(1, 1, 1), action_dim=2)
@@ -1004,7 +1056,6 @@ class Replay:
     >>> sorted(set(map(tuple, rewards.T.tolist())))     # row 0 is gone, none wraps
     [(1.0, 2.0, 3.0), (2.0, 3.0, 4.0)]
     """
-
     def __init__(self, directory, capacity: int, *, num_envs: int = 1,
                  image_shape=(1, 64, 64), action_dim: int = 18, seed: int = 0):
         layout = np.dtype([
@@ -1056,19 +1107,16 @@ class Replay:
         batch["is_first"][0] = True
         return batch
 
-
 # %% Part 10 | Environments
 # All that can be played, as rows: ale-py's C++ emulators, any Gymnasium game with
-# images, and Catch, the example of your own. In: one-hot actions (N, A). Out: rows.
+# images, and Catch, the example of your own. In: actions (N, A). Out: rows.
 # Predict: how many rows does an episode of Catch take, from reset to reset?
 
 class Catch(gymnasium.Env):
     """A ball falls through an 8×8 board, a paddle catches it: learned in minutes.
-
     The example for your own, too: any gymnasium.Env with uint8 images (H, W), (H, W, 1)
     or (H, W, 3), registered under an id: `--game your_module:YourGame-v0` plays it.
     Actions: left, stay, right. Reward when the ball lands: +1 caught, -1 missed.
-
     >>> env = Catch()
     >>> _ = env.reset(seed=0)
     >>> [env.step(1)[2] for _ in range(7)]    # it lands with the 7th step
@@ -1097,16 +1145,22 @@ class Catch(gymnasium.Env):
         board[self.row, self.ball] = board[7, self.paddle] = 255
         return board.repeat(8, axis=0).repeat(8, axis=1)
 
-
 class Envs:
     """N copies of a game as rows, from any gymnasium vector environment that resets in
     the step AFTER an episode's end (NEXT_STEP, the default): that step takes no action
-    and returns the next first image, a row with is_first that is no decision."""
-
+    and returns the next first image, a row with is_first that is no decision. Actions
+    are one-hot, or, where the game takes a box of numbers, scaled to [-1, 1]."""
     def __init__(self, vector_env, seed: int, frames_per_step: int = 1):
         actions, images = vector_env.single_action_space, vector_env.observation_space
-        if not isinstance(actions, gymnasium.spaces.Discrete) or actions.start != 0:
-            raise UsageError(f"--game needs discrete actions; this game has {actions}")
+        self.continuous = isinstance(actions, gymnasium.spaces.Box)
+        if self.continuous and len(actions.shape) == 1 and actions.is_bounded():
+            vector_env = gymnasium.wrappers.vector.RescaleAction(vector_env, -1.0, 1.0)
+            self.num_actions = actions.shape[0]
+        elif isinstance(actions, gymnasium.spaces.Discrete) and actions.start == 0:
+            self.num_actions = int(actions.n)
+        else:
+            raise UsageError("--game needs Discrete actions from 0, or a bounded Box of"
+                             f" one axis; this game has {actions}")
         self.channels = 0
         if images.dtype == np.uint8 and len(images.shape) in (3, 4):
             self.channels = to_images(np.zeros(images.shape, np.uint8)).shape[1]
@@ -1115,7 +1169,6 @@ class Envs:
                              f" this game has {vector_env.single_observation_space}")
         self.vector_env, self.num_envs = vector_env, vector_env.num_envs
         self.seed, self.frames_per_step = seed, frames_per_step
-        self.num_actions = int(actions.n)
 
     def reset(self) -> Row:
         """The first row of N new episodes, from self.seed."""
@@ -1123,26 +1176,27 @@ class Envs:
         self.vector_env.action_space.seed(self.seed)
         self.totals = np.zeros((self.num_envs, 2))  # score and decisions so far
         action = np.zeros((self.num_envs, self.num_actions), np.float32)
-        reward = np.zeros(self.num_envs, np.float32)
         self.done = np.zeros(self.num_envs, bool)
-        return Row(images, action, reward, ~self.done, self.done)
+        return Row(images, action, action[:, 0], ~self.done, self.done)
 
     def step(self, action: np.ndarray) -> Row:
-        """Play one-hot actions (N, A). Then self.done: whose episode ended with this
-        row; self.ended: the (raw score, decisions) of those episodes."""
+        """Play actions (N, A). Then self.done: whose episode ended with this row;
+        self.ended: the (raw score, decisions) of those episodes."""
         self.send(action)
         return self.receive()
 
     def send(self, action: np.ndarray) -> None:
         """The first half of step: ale-py's emulators start; others play in receive."""
-        action = np.asarray(action, np.float32)
+        self.action = np.asarray(action, np.float32)
+        self.chosen = self.action if self.continuous else self.action.argmax(-1)
+        legal = self.action.shape == (self.num_envs, self.num_actions) and (
+            np.abs(self.action) <= 1 if self.continuous
+            else self.action == np.eye(self.num_actions)[self.chosen])
         # The emulator must not see a bad action: ale-py hangs on one, deaf to Ctrl-C.
-        shape, chosen = (self.num_envs, self.num_actions), action.argmax(-1)
-        if action.shape != shape or (action != np.eye(shape[1])[chosen]).any():
-            raise ValueError(f"actions must be one-hot, of shape {shape}")
-        self.action, self.chosen = action, chosen
+        if not np.all(legal):
+            raise ValueError("actions must be (N, A), one-hot or within [-1, 1]")
         if hasattr(self.vector_env, "send"):
-            self.vector_env.send(chosen)
+            self.vector_env.send(self.chosen)
 
     def receive(self) -> Row:
         """The second half of step: the row that the sent actions led to."""
@@ -1159,7 +1213,6 @@ class Envs:
         self.totals[self.done] = 0
         return row
 
-
 def to_images(observation: np.ndarray) -> np.ndarray:
     """Observations (N, H, W), (N, H, W, C) or (N, C, H, W) -> (N, C, 64, 64) uint8,
     resized by area where they have another size."""
@@ -1172,26 +1225,19 @@ def to_images(observation: np.ndarray) -> np.ndarray:
     images = torch.from_numpy(np.ascontiguousarray(observation)).float()
     return F.interpolate(images, (64, 64), mode="area").round().byte().numpy()
 
-
 def plain_name(game: str) -> str:
     """UpNDown, up_n_down, ALE/UpNDown-v5, UpNDownNoFrameskip-v4: all are upndown."""
     name = game.lower().split("/")[-1]
     name = re.sub(r"(noframeskip|deterministic)?-v\d+$", "", name)
     return re.sub(r"[^a-z0-9]", "", name)
 
-
 def make_envs(game: str, num_envs: int = 1, seed: int = 0, *, action_repeat: int = 4,
               sticky: float = 0.25, noops: int = 30, time_limit: int = 27_000,
               full_action_space: bool = True) -> Envs:
     """N environments of a game, by any of its names; UsageError names the nearest ones.
-
-    >>> envs = make_envs("Catch", num_envs=2)
-    >>> envs.reset().image.shape
+    Actions are repeated on Atari and where they are continuous, as in the paper.
+    >>> make_envs("Catch", num_envs=2).reset().image.shape
     (2, 1, 64, 64)
-    >>> stay = np.array([[0, 1, 0], [0, 1, 0]])
-    >>> rows = [envs.step(stay) for _ in range(8)]   # 7 decisions and a reset
-    >>> [bool(row.is_terminal[0]) for row in rows[6:]], rows[7].action[0].tolist()
-    ([True, False], [0.0, 0.0, 0.0])
     """
     from ale_py.roms import get_all_rom_ids  # the algorithm above needs no emulator
     from ale_py.vector_env import AtariVectorEnv
@@ -1214,28 +1260,29 @@ def make_envs(game: str, num_envs: int = 1, seed: int = 0, *, action_repeat: int
 
     def make_one():
         env = Catch() if plain_name(game) == "catch" else gymnasium.make(game)
+        if isinstance(env.action_space, gymnasium.spaces.Box):
+            env = gymnasium.wrappers.RepeatAction(env, action_repeat)
         return gymnasium.wrappers.TimeLimit(env, time_limit)
 
     try:
-        return Envs(gymnasium.vector.SyncVectorEnv([make_one] * num_envs), seed)
+        envs = Envs(gymnasium.vector.SyncVectorEnv([make_one] * num_envs), seed)
     except (gymnasium.error.Error, ImportError) as error:
         names = {plain_name(n): n for n in ("Catch", *gymnasium.registry)}
         names |= {k: rom.title().replace("_", "") for k, rom in roms.items()}
         near = [names[k] for k in difflib.get_close_matches(plain_name(game), names)]
-        hint = f"did you mean {', '.join(near)}?"
-        if not near or not isinstance(error, gymnasium.error.UnregisteredEnv):
-            hint = str(error).splitlines()[0]
-        raise UsageError(f"--game {game} cannot be played: {hint}") from None
-
+        raise UsageError(
+            f"--game {game} cannot be played: {str(error).splitlines()[0]}"
+            f" Near names: {', '.join(near) or 'none'}.") from None
+    envs.frames_per_step = action_repeat if envs.continuous else 1
+    return envs
 
 # %% Part 11 | Looking
-# In: scalars of every gradient step, scores of every episode. Out: metrics.jsonl.
-# Predict: why are the scalars summed on the device instead of being read at once?
+# In: scalars of every gradient step, scores of every episode. Out: metrics.jsonl, and
+# runs beside the published scores. Predict: why are the scalars summed on the device?
 
 class Metrics:
     """Means over a log period, one JSON object a line; the first line's rates count the
     prefill in. `counters` are running totals, with at least updates and frames."""
-
     def __init__(self, path: Path, **counters):
         self.path, self.before = path, counters | {"time": time.time()}
         self.sums, self.count, self.episodes = {}, 0, []
@@ -1249,39 +1296,87 @@ class Metrics:
         """Append totals, and since the last line rates and means, null without any."""
         now = counters | {"time": time.time()}
         seconds = max(now["time"] - self.before["time"], 1e-9)
-        rates = {f"{k}_per_s": (now[k] - self.before[k]) / seconds
-                 for k in ("updates", "frames")}
-        score, length = (np.mean(self.episodes, axis=0).tolist() if self.episodes
-                         else (None, None))
-        line = counters | dict(episode_return=score, episode_length=length) | rates | {
-            k: float(v) / self.count for k, v in self.sums.items()}
+        score, length = np.mean(self.episodes or [[math.nan] * 2], 0).tolist()
+        line = counters | dict(
+            episode_return=score if self.episodes else None,
+            episode_length=length if self.episodes else None,
+            **{f"{k}_per_s": (now[k] - self.before[k]) / seconds
+               for k in ("updates", "frames")},
+            **{k: float(v) / self.count for k, v in self.sums.items()})
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         self.before, self.sums, self.count, self.episodes = now, {}, 0, []
         return line
 
+# The paper's 55 games: raw scores of random play, a human gamer, the human record.
+REFERENCE = {game: dict(zip(("random", "gamer", "record"), map(float, scores)))
+             for game, *scores in map(str.split, """
+    alien 228.8 7127.7 251916; amidar 5.8 1719.5 104159; assault 222.4 742 8647;
+    asterix 210 8503.3 1000000; asteroids 719.1 47388.7 10506650;
+    atlantis 12850 29028.1 10604840; bankheist 14.2 753.1 82058;
+    battlezone 2360 37187.5 801000; beamrider 363.9 16926.5 999999;
+    berzerk 123.7 2630.4 1057940; bowling 23.1 160.7 300; boxing 0.1 12.1 100;
+    breakout 1.7 30.5 864; centipede 2090.9 12017 1301709;
+    choppercommand 811 7387.8 999999; crazyclimber 10780.5 35829.4 219900;
+    demonattack 152.1 1971 1556345; doubledunk -18.6 -16.4 22; enduro 0 860.5 9500;
+    fishingderby -91.7 -38.7 71; freeway 0 29.6 38; frostbite 65.2 4334.7 454830;
+    gopher 257.6 2412.5 355040; gravitar 173 3351.4 162850; hero 1027 30826.4 1000000;
+    icehockey -11.2 0.9 36; jamesbond 7 29 45550; kangaroo 52 3035 1424600;
+    krull 1598 2665.5 104100; kungfumaster 258.5 22736.3 1000000;
+    montezumarevenge 0 4753.3 1219200; mspacman 307.3 6951.6 290090;
+    namethisgame 2292.3 8049 25220; phoenix 761.4 7242.6 4014440;
+    pitfall -229.4 6463.7 114000; pong -20.7 14.6 21; privateeye 24.9 69571.3 101800;
+    qbert 163.9 13455 2400000; riverraid 1338.5 17118 1000000;
+    roadrunner 11.5 7845 2038100; robotank 2.2 11.9 76; seaquest 68.4 42054.7 999999;
+    skiing -17098.1 -4336.9 -3272; solaris 1236.3 12326.7 111420;
+    spaceinvaders 148 1668.7 621535; stargunner 664 10250 77400; tennis -23.8 -8.3 21;
+    timepilot 3568 5229.2 65300; tutankham 11.4 167.6 5384; upndown 533.4 11693.2 82840;
+    venture 0 1187.5 38900; videopinball 16256.9 17667.9 89218328;
+    wizardofwor 563.5 4756.5 395300; yarsrevenge 3092.9 54576.9 15000105;
+    zaxxon 32.5 9173.3 83700
+    """.split(";"))}
+
+def normalized_score(game: str, score: float, reference: str) -> float:
+    """A raw score on the way from random play, 0, to a reference, 1: "gamer" (a human)
+    or "record" (the human world record). KeyError for a game that is none of the 55.
+    >>> [normalized_score("Boxing", score, "record") for score in (0.1, 100)]
+    [0.0, 1.0]
+    """
+    row = REFERENCE[plain_name(game)]
+    return (score - row["random"]) / (row[reference] - row["random"])
+
+def summarize_scores(scores: dict[str, float]) -> dict[str, float]:
+    """The paper's four summaries of {game: raw score}. It recommends the last: one game
+    (James Bond) makes most of a gamer mean, and a median is deaf to half of the games.
+    >>> summarize_scores({"Pong": 21.0, "Freeway": 38.0})["clipped record mean"]
+    1.0
+    """
+    gamer, record = (np.array([normalized_score(game, score, reference)
+                               for game, score in scores.items()])
+                     for reference in ("gamer", "record"))
+    return {"gamer median": float(np.median(gamer)), "gamer mean": float(gamer.mean()),
+            "record mean": float(record.mean()),
+            "clipped record mean": float(record.clip(max=1).mean())}
 
 # %% Part 12 | Running
 # Playing, training, evaluating, saving. In: flags. Out: a run's folder, exit status.
 # Predict: a run is killed between two checkpoints. How many updates does it owe then?
 
 def upload(arrays: dict, device: torch.device) -> dict[str, Tensor]:
-    """To the device. To a GPU from pinned memory, so that the host need not wait; torch
-    keeps that memory until the copy is done."""
+    """To the device; to a GPU from pinned memory, so that the host need not wait."""
     tensors = {name: torch.as_tensor(value) for name, value in arrays.items()}
     if device.type != "cuda":
         return {k: v.to(device) for k, v in tensors.items()}
     return {k: v.pin_memory().to(device, non_blocking=True) for k, v in tensors.items()}
 
-
 def choose(agent: Agent | None, envs: Envs, row: Row, memory, greedy: bool = False):
     """What to do after a row, at random if agent is None: actions (N, A), memory."""
     if agent is None:
-        return np.eye(envs.num_actions)[envs.vector_env.action_space.sample()], None
+        action = envs.vector_env.action_space.sample()
+        return action if envs.continuous else np.eye(envs.num_actions)[action], None
     seen = upload(dict(image=row.image, is_first=row.is_first), agent.device)
     action, memory = agent.act(**seen, memory=memory, greedy=greedy)
     return action.cpu().numpy(), memory  # the one wait of a decision for a GPU
-
 
 def evaluate(agent: Agent, envs: Envs, episodes: int) -> np.ndarray:
     """Raw score and decisions (episodes, 2) of whole episodes of the actor's mode."""
@@ -1292,16 +1387,13 @@ def evaluate(agent: Agent, envs: Envs, episodes: int) -> np.ndarray:
         ended += envs.ended
     return np.array(ended[:episodes])
 
-
 def save_checkpoint(path: Path, agent: Agent, counters: dict) -> None:
     """Write beside and rename over: whoever looks sees a whole file, old or new."""
-    beside = path.with_suffix(".tmp")
     torch.save(dict(
         agent=agent.state_dict(), updates=agent.updates, counters=counters,
         adam={k: o.adam.state_dict()["state"] for k, o in agent.optimizers.items()},
-        version=__version__), beside)
-    os.replace(beside, path)
-
+        version=__version__), path.with_suffix(".tmp"))
+    os.replace(path.with_suffix(".tmp"), path)
 
 def load_checkpoint(path: Path, agent: Agent) -> dict:
     """Restore the agent in place; returns the counters."""
@@ -1316,57 +1408,20 @@ def load_checkpoint(path: Path, agent: Agent) -> dict:
     except Exception as error:  # torch raises many kinds, all mean the same
         raise UsageError(f"{path} is no usable checkpoint: {error!r:.60}") from None
 
-
 def pick_device(config: Config) -> torch.device:
-    """The device of --device; UsageError names those that are there."""
+    """The device of --device, set up for --precision; UsageError names those here."""
     cuda = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    here = ["cpu", *cuda] + (["mps"] if torch.backends.mps.is_available() else [])
+    here = ["cpu", *cuda] + ["mps"] * torch.backends.mps.is_available()
     name = dict(auto=[*cuda, "cpu"][0], cuda="cuda:0").get(config.device, config.device)
     if name not in here:
         raise UsageError(f"--device {config.device}: this host has {', '.join(here)}")
     if config.precision not in ["auto", "fp32", "bf16"] + ["tf32"] * (name in cuda):
         raise UsageError(f"--precision {config.precision}: fp32, bf16, or tf32 on CUDA")
+    if name in cuda:
+        torch.cuda.set_device(name)  # where graphs are recorded
+        torch.backends.cudnn.allow_tf32 = config.precision == "tf32"
+        torch.backends.cuda.matmul.allow_tf32 = config.precision == "tf32"
     return torch.device(name)
-
-
-def tune(device: torch.device, precision: str) -> None:
-    """Settings of the process that change speed: TF32 only if asked for, and on a CPU
-    two that save up to a third of a step, without a change beyond rounding."""
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # where graphs are recorded
-        torch.backends.cudnn.allow_tf32 = precision == "tf32"
-        torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
-    if device.type == "cpu" and sys.platform == "linux":
-        # Large tensors keep their memory (M_MMAP_MAX 0, M_TRIM_THRESHOLD high): given
-        # back to the system, it would come again page by page, a fault for each.
-        with contextlib.suppress(AttributeError):  # not every libc has it
-            mallopt = ctypes.CDLL(None).mallopt
-            mallopt(-4, 0), mallopt(-1, 2 ** 31 - 1)
-    if device.type == "cpu" and hasattr(torch.backends.mkldnn, "matmul"):
-        # Products by oneDNN; torch's default is slow on AMD. On CPUs with bf16 units
-        # this rounds, as its name says: so try, and keep it if the result is exact.
-        matmul, a = torch.backends.mkldnn.matmul, torch.rand(256, 256)
-        matmul.fp32_precision = "bf16"
-        if (a @ a - a.double() @ a.double()).abs().max() > 1e-3:
-            matmul.fp32_precision = "none"
-
-
-def load_agent(config: Config):
-    """Agent, counters: from the last checkpoint, or new where there is none."""
-    device, envs = pick_device(config), make_game(config, 1)
-    tune(device, config.precision)
-    torch.manual_seed(config.seed)
-    agent = Agent(config, envs.num_actions, envs.channels, device)
-    counters = dict(steps=0, episodes=0, time=0)
-    if (path := Path(config.logdir, "checkpoint.pt")).exists():
-        counters = load_checkpoint(path, agent)
-    how = "CUDA graphs" if isinstance(agent.decide, CudaGraph) else "no CUDA graphs"
-    print(f"{config.game}, preset {config.preset}, {agent.precision} on {device}, {how}"
-          f"{', compiled' * config.compile}, torch {torch.__version__}, "
-          f"{torch.get_num_threads()} threads; {config.logdir}: {counters['steps']:,}"
-          f" decisions, {agent.updates} updates")
-    return agent, counters
-
 
 def make_game(config: Config, num_envs: int, *key: int) -> Envs:
     """The config's game and rules. `key`, decisions so far and the purpose's number,
@@ -1376,45 +1431,45 @@ def make_game(config: Config, num_envs: int, *key: int) -> Envs:
     return make_envs(config.game, num_envs, seed,
                      **{rule: getattr(config, rule) for rule in rules})
 
+def load_agent(config: Config):
+    """Agent, counters: from the last checkpoint, or new where there is none."""
+    device, envs = pick_device(config), make_game(config, 1)
+    if envs.continuous and config.reinforce_mix == Config.reinforce_mix:
+        config.reinforce_mix = 0.0  # Paper: continuous control learns by dynamics only
+    torch.manual_seed(config.seed)
+    agent = Agent(config, envs.num_actions, envs.channels, device, envs.continuous)
+    counters = dict(steps=0, episodes=0, time=0)
+    if (path := Path(config.logdir, "checkpoint.pt")).exists():
+        counters = load_checkpoint(path, agent)
+    how = "CUDA graphs" if isinstance(agent.decide, CudaGraph) else "no CUDA graphs"
+    print(f"{config.game}, preset {config.preset}, rho {agent.schedule[0, 0]:g},"
+          f" {agent.precision} on {device}, {how}{', compiled' * config.compile}, torch"
+          f" {torch.__version__}, {torch.get_num_threads()} threads; {config.logdir}:"
+          f" {counters['steps']:,} decisions, {agent.updates} updates")
+    return agent, counters
 
-def timing_batch(c: Config, envs: Envs, B: int) -> dict[str, Tensor]:
-    """B sequences of a game's first row."""
-    return {k: torch.from_numpy(v[:1]).expand(c.seq_len, B, *v.shape[1:]).contiguous()
-            for k, v in envs.reset()._asdict().items()}
-
-
-def seconds(function, device: torch.device, repeats: int = 9) -> float:
-    """The median time of a call, once warm: the fourth call records a CUDA graph."""
-    times, warm_up = [], 4 if device.type == "cuda" else 1
-    for _ in range(warm_up + repeats):
-        function()
-        torch.get_device_module(device).synchronize()
-        times.append(time.perf_counter())
-    return float(np.median(np.diff(times)[warm_up - 1:]))
-
-
-def train(config: Config) -> tuple[Replay, dict] | None:
-    """Play, remember, learn; goes on where the folder's last checkpoint stopped.
-    Returns the replay and the last line of metrics."""
+def train(config: Config) -> dict | None:
+    """Play, remember, learn; goes on where the folder's last checkpoint stopped."""
     agent, counters = load_agent(config)
     if counters["steps"] >= config.steps:
         return print("nothing left to do: a larger --steps goes on")
     envs = make_game(config, config.num_envs, counters["steps"], 0)
     if agent.device.type == "cpu" and config.preset == "atari":
+        five = {k: torch.from_numpy(v[:1]).expand(config.seq_len, 5, *v.shape[1:])
+                for k, v in envs.reset()._asdict().items()}
         with torch.random.fork_rng():  # the run's random numbers stay as they are
-            cost = seconds(functools.partial(
-                Agent(config, envs.num_actions, envs.channels).train_step,
-                timing_batch(config, envs, 5)), agent.device, 1)
-        print("No CUDA device in use: a gradient step takes about"
-              f" {cost * config.batch_size / 5:.1f} s; --preset small suits a laptop")
+            shapes = (envs.num_actions, envs.channels, "cpu", envs.continuous)
+            other, begin = Agent(config, *shapes), time.time()
+            other.train_step(five)
+        cost = (time.time() - begin) * config.batch_size / 5
+        print(f"No CUDA device: a gradient step takes {cost:.1f} s; see --preset small")
     replay = Replay(Path(config.logdir, "replay"), config.replay_capacity,
                     num_envs=config.num_envs, image_shape=(envs.channels, 64, 64),
                     action_dim=envs.num_actions, seed=envs.seed)
     print(f"replay: {replay.rows.nbytes / 1e9:.2f} GB on disk for"
           f" {config.replay_capacity:,} rows, {len(replay):,} filled")
     Path(config.logdir, "config.json").write_text(json.dumps(vars(config), indent=1))
-    return replay, learn(config, agent, envs, replay, counters)
-
+    return learn(config, agent, envs, replay, counters)
 
 def learn(config, agent: Agent, envs: Envs, replay: Replay, counters) -> dict | None:
     """The loop: every decision makes a row, every few decisions a gradient step. Ctrl-C
@@ -1433,7 +1488,6 @@ def learn(config, agent: Agent, envs: Envs, replay: Replay, counters) -> dict | 
 
     def due(every: int) -> bool:
         return steps // every > before // every or steps >= config.steps
-
     while counters["steps"] < config.steps and not stop:
         before = counters["steps"]
         prefilling = before < config.prefill_steps
@@ -1446,7 +1500,7 @@ def learn(config, agent: Agent, envs: Envs, replay: Replay, counters) -> dict | 
         # The next batch is drawn while a GPU is busy: it lacks the newest rows.
         owed = (steps - config.prefill_steps) // config.steps_per_update - agent.updates
         for _ in range(owed):
-            metrics.add(agent.train_step(batch or draw()))
+            metrics.add(agent.train_step(batch or draw(), steps))
             batch = draw()
         row = envs.receive()
         replay.add(*row)
@@ -1473,13 +1527,10 @@ def learn(config, agent: Agent, envs: Envs, replay: Replay, counters) -> dict | 
         raise KeyboardInterrupt
     return line
 
-
 def play(config: Config) -> None:
     """--eval: whole episodes with the agent of the run's folder; nothing is written."""
     if not Path(config.logdir, "checkpoint.pt").exists():
         raise UsageError(f"--eval: there is no checkpoint.pt in {config.logdir}")
-    if not config.eval_episodes:
-        raise UsageError("--eval-episodes 0: --eval has nothing to play")
     agent, counters = load_agent(config)
     envs = make_game(config, 1, counters["steps"], 2)
     score, length = evaluate(agent, envs, config.eval_episodes).T
@@ -1487,61 +1538,16 @@ def play(config: Config) -> None:
           f" {np.median(score):.2f}, standard deviation {score.std():.2f},"
           f" mean length {length.mean():.1f} decisions")
 
-
-def benchmark(config: Config) -> dict[str, float]:
-    """--benchmark: a gradient step, its parts (eagerly) and the run's own loop."""
-    device, envs = pick_device(config), make_game(config, config.num_envs, 0)
-    on_gpu, T, B = device.type == "cuda", config.seq_len, config.batch_size
-    plain = dataclasses.replace(config, cuda_graphs=False, compile=False)
-    table = [benchmark(plain)] if config.compile or config.cuda_graphs & on_gpu else []
-    batch = upload(timing_batch(config, envs, B), device)
-    with FlopCounterMode(display=False) as counter:
-        Agent(plain, envs.num_actions, envs.channels, device).train_step(batch)
-    flops = counter.get_total_flops()
-    a = torch.randn(2 * [8192 if on_gpu else 2048], device=device)
-    product = seconds(lambda: a @ a, device)
-    torch.cuda.reset_peak_memory_stats(device) if on_gpu else None
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as config.logdir:
-        agent, _ = load_agent(config)  # tunes torch
-        a = a.bfloat16() if agent.precision == "bf16" else a
-        peak = 2 * len(a) ** 3 / min(product, seconds(lambda: a @ a, device))
-        repeats = min(100, 2 + int(peak / flops))
-        every = repeats * config.steps_per_update
-        prefill = -(-T * envs.num_envs // every) * every
-        with contextlib.redirect_stdout(sys.stderr):
-            replay, loop = train(dataclasses.replace(
-                config, prefill_steps=prefill, steps=prefill + 2 * every,
-                log_every_steps=every, eval_episodes=0, replay_capacity=2 * prefill))
-    model, seen = agent.world_model, [batch[k][0, :1] for k in ("image", "is_first")]
-    memory, still = agent.act(*seen)[1], np.eye(envs.num_actions)[[0] * envs.num_envs]
-    loss = agent.autocast()(lambda: model.loss(**batch, **agent.model_loss_args)[0])
-    dream = agent.autocast()(torch.no_grad()(lambda: imagine(
-        model.rssm.img_step, agent.actor, model.rssm.initial(T * B), agent.horizon)))
-    parts = {
-        "gradient step": lambda: agent.train_step(batch), "world model forward": loss,
-        "with backward": lambda: loss().backward(), "imagination": dream,
-        "optimisers": lambda: [o.adam.step() for o in agent.optimizers.values()],
-        "sampling": lambda: upload(replay.sample(B, T), device),
-        "acting": lambda: agent.act(*seen, memory),
-        "environment": lambda: envs.step(still)}
-    rows = {f"{k}, ms": 1e3 * seconds(v, device, repeats) for k, v in parts.items()}
-    rows |= {"that step, GFLOP": flops / 1e9, "fastest product, GFLOP/s": peak / 1e9,
-             "share of that, %": 1e5 * flops / rows["gradient step, ms"] / peak,
-             "in the loop, gradient steps/s": loop["updates_per_s"],
-             "in the loop, decisions/s": loop["frames_per_s"] / envs.frames_per_step}
-    if on_gpu or Path("/proc/self/status").exists():  # on a CPU, only Linux tells
-        rows["peak memory, GB"] = 1e-9 * (
-            torch.cuda.max_memory_allocated(device) if on_gpu else 1024 * int(
-                Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]))
-    for name in rows:  # the eager path first, then beside it
-        print(f"{name:30}" + "".join(f"{way[name]:12.4g}" for way in [*table, rows]))
-    return rows
-
+def measure(name: str, argument) -> None:
+    """--benchmark and --scores live in test_dreamerv2.py, with the published scores:
+    they measure, and are no part of the algorithm."""
+    sys.modules.setdefault("dreamerv2", sys.modules[__name__])  # that file imports this
+    import test_dreamerv2
+    getattr(test_dreamerv2, name)(argument)
 
 def flag(name: str) -> str:
     """The flag of a field: kl_scale -> --kl-scale."""
     return "--" + name.replace("_", "-")
-
 
 def build_parser() -> argparse.ArgumentParser:
     """One flag for each field of Config; its help is the comment beside the field."""
@@ -1553,60 +1559,54 @@ def build_parser() -> argparse.ArgumentParser:
         description="DreamerV2. Trains, or goes on with the run that its folder holds.")
     parser.error = error
     parser.set_defaults(command=train)
-    commands = parser.add_mutually_exclusive_group()
-    commands.add_argument("--eval", dest="command", action="store_const", const=play,
-                          help="play with the trained agent instead of training")
-    commands.add_argument("--benchmark", dest="command", action="store_const",
-                          const=benchmark, help="measure speed (of small if no CUDA)")
-    defaults, group = Config(), parser
+    add, group = parser.add_mutually_exclusive_group().add_argument, parser
+    add("--eval", dest="command", action="store_const", const=play,
+        help="play with the trained agent instead of training")
+    add("--benchmark", dest="command", action="store_const",
+        const=functools.partial(measure, "benchmark"), help="measure speed")
+    add("--scores", dest="command", metavar="FOLDER",
+        type=lambda folder: lambda config: measure("scores", folder),
+        help="finished runs beside the published scores")
     for line in inspect.getsource(Config).splitlines():
         if title := re.fullmatch(r"    # (.+)", line):
             group = parser.add_argument_group(title[1])
-        elif field := re.fullmatch(r"    (\w+): (\w+) = .+?  # (.+)", line):
+        elif field := re.fullmatch(r"    (\w+): (\w+) = (.+?)  # (.+)", line):
             kind = {"int": dict(type=int, metavar="N"), "str": dict(metavar="NAME"),
                     "float": dict(type=float, metavar="X"),
                     "bool": dict(action=argparse.BooleanOptionalAction)}[field[2]]
-            group.add_argument(
-                flag(field[1]), default=argparse.SUPPRESS, **kind,
-                help=f"{field[3]} (default: {getattr(defaults, field[1])!r})")
+            group.add_argument(flag(field[1]), default=argparse.SUPPRESS, **kind,
+                               help=f"{field[4]} (default: {field[3]})")
     return parser
-
-
-# Allowed ranges, ends included; others: whole numbers from 1, fractions from 1e-12.
-LIMITS = {
-    "seed": (0, 2 ** 30), "noops": (1, 200), "num_envs": (1, 1024), "sticky": (0, 1),
-    "num_classes": (2, 10 ** 6), "gamma": (0, 1), "return_lambda": (0, 1),
-    "reinforce_mix": (0, 1), "kl_balance": (0, 1), "kl_scale": (0, 1e9),
-    "free_nats": (0, 1e9), "discount_scale": (0, 1e9), "entropy_scale": (0, 1e9),
-    "weight_decay": (0, 0.1), "eval_episodes": (0, 10 ** 6)}
-
 
 def check(config: Config) -> None:
     """UsageError names the first flag whose value cannot work."""
     rows = config.num_envs * config.seq_len  # a sequence for each environment
-    limits = LIMITS | {
-        "replay_capacity": (rows, 10 ** 12), "prefill_steps": (rows, 10 ** 12),
-        "horizon": (1 + config.shifted_advantage, 10 ** 6)}
+    share, weight, count = (0, 1), (0, 1e9), (0, 10 ** 12)
+    limits = dict(  # ends included; others: whole numbers from 1, fractions from 1e-12
+        seed=(0, 2 ** 30), noops=(1, 200), num_envs=(1, 1024), num_classes=(2, 10 ** 6),
+        horizon=(1 + config.shifted_advantage, 10 ** 6), weight_decay=(0, 0.1),
+        prefill_steps=(rows, 10 ** 12), replay_capacity=(rows, 10 ** 12),
+        eval_episodes=count, anneal_steps=count, sticky=share, gamma=share,
+        return_lambda=share, kl_balance=share, reinforce_mix=share,
+        reinforce_mix_end=share, kl_scale=weight, free_nats=weight,
+        discount_scale=weight, entropy_scale=weight, entropy_scale_end=weight)
     for name, value in vars(config).items():
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            low, high = limits.get(
-                name, (1, 10 ** 12) if isinstance(value, int) else (1e-12, 1e12))
-            if not low <= value <= high:
-                raise UsageError(f"{flag(name)} {value}: must be from {low} to {high}")
-
+        usual = {int: (1, 10 ** 12), float: (1e-12, 1e12)}.get(type(value))
+        low, high = limits.get(name, usual or (value, value))  # text, yes, no: any
+        if not low <= value <= high:
+            raise UsageError(f"{flag(name)} {value}: must be from {low} to {high}")
 
 # What may change between two commands on one folder: it is not part of the experiment.
 FREE_TO_CHANGE = (
     "steps", "logdir", "device", "precision", "cuda_graphs", "compile", "eval_episodes",
     "log_every_steps", "eval_every_steps", "checkpoint_every_steps")
 
-
 def parse_config(argv: list[str]):
     """Command line -> checked Config and what to do with it. Flags go over the settings
     of the run in the folder or, in a new one, of the preset; nothing is written."""
     given = vars(build_parser().parse_args(argv))
     command = given.pop("command")
-    if command is benchmark and not torch.cuda.is_available():
+    if "--benchmark" in argv and not torch.cuda.is_available():
         given.setdefault("preset", "small")
     preset = given.get("preset", "atari")
     if preset not in PRESETS:
@@ -1615,7 +1615,7 @@ def parse_config(argv: list[str]):
     config.logdir = config.logdir or (
         f"runs/{plain_name(config.game)}-{config.preset}-seed{config.seed}")
     path = Path(config.logdir, "config.json")
-    if path.exists() and command is not benchmark:
+    if path.exists() and command in (train, play):
         try:
             before = json.loads(path.read_text(encoding="utf-8"))
             if plain_name(config.game) == plain_name(before["game"]):
@@ -1629,22 +1629,22 @@ def parse_config(argv: list[str]):
                     f"{flag(name)} {given[name]}: {config.logdir} holds a run with"
                     f" {before.get(name)}; choose another --logdir")
     check(config)
+    if command is play and not config.eval_episodes:
+        raise UsageError("--eval-episodes 0: --eval has nothing to play")
     return config, command
-
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     try:
         config, command = parse_config(sys.argv[1:] if argv is None else argv)
         command(config)
-    except (UsageError, OSError) as error:  # OSError: the disk or the folder
+    except (UsageError, OSError, ImportError) as error:  # OSError: disk or folder
         print(f"dreamerv2.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from the last checkpoint")
         return 130
     return 0
-
 
 if __name__ == "__main__":
     sys.exit(main())
