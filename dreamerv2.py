@@ -7,10 +7,10 @@ to predict images, rewards and ends; actor and critic learn from what it imagine
 
     python dreamerv2.py --game Breakout         # looks dead for 20M frames (Pong: 2M)
     python dreamerv2.py --game Catch --preset small     # minutes on a laptop CPU
-    python dreamerv2.py --game Breakout --eval  # any run's command, to play with it
+    python dreamerv2.py --game Breakout --eval  # a run's command and --eval: play
     python -m doctest dreamerv2.py              # the examples below, executed
 
-MAP. The algorithm is Parts 2 to 8, a step Agent.gradient_step. Predict, then read on.
+MAP. The algorithm is Parts 2 to 8; Agent.gradient_step is one step. Predict, then read.
     Part 1  | Configuration                 Part 7  | Returns and losses (Eq. 4-6)
     Part 2  | Gradient tricks (Alg. 1, 2)   Part 8  | Agent (Eq. 3)
     Part 3  | Networks                      Part 9  | Replay
@@ -126,7 +126,7 @@ class Config:
     compile: bool = False  # torch.compile of the world model's loss; slow to build
     # Environment
     num_envs: int = 1  # environments played side by side; paper: 1
-    action_repeat: int = 4  # emulator frames per decision (Atari); paper: 4
+    action_repeat: int = 4  # frames per decision (Atari, Box actions); paper: 4
     sticky: float = 0.25  # chance a frame keeps the last action (Atari); paper: 0.25
     noops: int = 30  # no-op frames at reset are drawn below this (Atari) [D10]
     time_limit: int = 27_000  # decisions after which an episode is cut; 108 000 frames
@@ -156,7 +156,7 @@ class Config:
     horizon: int = 15  # imagined steps, H; paper: 15
     gamma: float = 0.995  # discount γ; paper's table: 0.995 [D2]
     return_lambda: float = 0.95  # λ of the return; paper: 0.95
-    reinforce_mix: float = 1.0  # ρ: 1 is all Reinforce, 0 all dynamics; paper: 1
+    reinforce_mix: float = 1.0  # ρ: 1 is all Reinforce, 0 (always for Box) dynamics
     entropy_scale: float = 1e-3  # weight of the policy's entropy, η; paper: 1e-3
     anneal_steps: int = 0  # decisions in which ρ and η move to the two ends; 0: never
     reinforce_mix_end: float = 1.0  # ρ after anneal_steps
@@ -179,7 +179,7 @@ class Config:
     weight_decay: float = 1e-6  # every weight shrinks by this share a step; paper: 1e-6
     # Logging
     log_every_steps: int = 2_500  # decisions between lines of metrics.jsonl
-    eval_every_steps: int = 100_000  # decisions between evaluations; their code: 100k
+    eval_every_steps: int = 100_000  # decisions between evaluations
     eval_episodes: int = 1  # episodes of an evaluation, 0: none; authors' code: 1
     checkpoint_every_steps: int = 10_000  # decisions between checkpoints
 
@@ -191,8 +191,8 @@ PRESETS = {
         shifted_advantage=True, full_action_space=False, noops=31),
     "schedules": dict(  # the paper's row of that name: their first version, faf9e4c
         gamma=0.999, anneal_steps=2_500_000, reinforce_mix=0.9, entropy_scale=3e-3),
-    "continuous": dict(  # the authors' code for the Control Suite from images
-        steps=500_000, action_repeat=2, replay_capacity=500_000, prefill_steps=1_000,
+    "continuous": dict(  # the authors' dmc of May 2021 (0216d33); steps, replay: ours
+        steps=500_000, action_repeat=2, replay_capacity=500_000, prefill_steps=2_500,
         steps_per_update=5, deter_size=200, hidden_size=200, kl_scale=1.0,
         free_nats=1.0, discount_head=False, reward_tanh=False, model_lr=3e-4,
         gamma=0.99, reinforce_mix=0.0, entropy_scale=1e-4, actor_lr=8e-5,
@@ -291,7 +291,7 @@ def balanced_kl(posterior: Tensor, prior: Tensor, alpha: float | None,
         return plain, plain.detach()
     train_prior = kl(posterior.detach(), prior)
     train_posterior = kl(posterior, prior.detach())
-    # Without the balance (α = ½) a poor prior drags the posterior towards itself before
+    # Without the balance a poor prior drags the posterior towards itself before
     # it has learned anything. Paper, Table 2: the gamer median falls from 1.64 to 0.84.
     return alpha * train_prior + (1 - alpha) * train_posterior, train_prior.detach()
 
@@ -385,7 +385,7 @@ def mlp(in_size: int, out_size: int, layers: int = 4, units: int = 400):
     hidden = [m for i, o in zip(sizes, sizes[1:])
               for m in (nn.Linear(i, o), nn.ELU(inplace=True))]
     network = nn.Sequential(*hidden, nn.Linear(sizes[-1], out_size))
-    network.register_forward_hook(lambda *call: call[-1].float())  # under autocast too
+    network.register_forward_hook(lambda net, x, out: out.float())  # under autocast too
     return network
 
 class ConvEncoder(nn.Module):
@@ -594,7 +594,8 @@ class RSSM(nn.Module):
 
 class GaussianRSSM(RSSM):
     """The ablation --no-discrete-latents: z is S·K normal numbers instead of S one-hot
-    vectors of K, and State.logits (..., S, 2K) holds their parameters, see mean_std."""
+    vectors of K, and State.logits (..., S, 2K) holds their parameters, see mean_std.
+    Here: as many as z has entries, so that `feature` keeps its size."""
     params_per_class = 2
 
     def sample(self, logits: Tensor) -> Tensor:
@@ -638,7 +639,7 @@ class WorldModel(nn.Module):
         return image.float() / 255 - 0.5
 
     def predict_reward(self, feature: Tensor) -> Tensor:
-        """Mean reward on arriving in a state, (..., F) -> (...), as tanh(r)."""
+        """Mean reward on arriving in a state, (..., F) -> (...), as it was learned."""
         return self.reward_head(feature).squeeze(-1)
 
     def predict_discount(self, feature: Tensor) -> Tensor:
@@ -818,7 +819,7 @@ def actor_loss(log_prob: Tensor, entropy: Tensor, returns: Tensor, baseline: Ten
 # The actor a_t ~ p(a_t | z_t) and the critic v(z_t) ≈ E Σ_{τ≥t} γ^{τ-t} r_τ [Eq. 3], on
 # the full model state [z, h], and one gradient step of everything, on one screen.
 # In: a batch of rows (T, B, ...). Out: weights that moved, and metrics.
-# Predict: Adam's first step moves every weight by the same amount. Which?
+# Predict: Adam's first step moves all weights by nearly the same amount. Which?
 
 class Optimizer:
     """Adam with global-norm clipping and decoupled decay, for the weights it is given.
@@ -852,9 +853,8 @@ class CudaGraph:
     """Plays a function back on the GPU as one recording, where Python would launch its
     many small kernels one by one, slower than the GPU runs them. Noise is always new.
     function: dict of tensors -> dict of tensors; it reads no number back. For each set
-    of options and shapes three calls run plainly (libraries choose algorithms, Adam
-    makes its moments), the fourth records and plays. Inputs are copied in, outputs out.
-    """
+    of options and shapes three calls run plainly, to warm up; the fourth records and
+    plays. Inputs are copied in, outputs out."""
     def __init__(self, function):
         self.function, self.stream = function, torch.cuda.Stream()
         self.calls, self.graphs = collections.Counter(), {}
@@ -887,7 +887,7 @@ class Agent(nn.Module):
         c, self.num_actions, self.updates = config, num_actions, 0
         self.device = torch.device(device)
         on_gpu = self.device.type == "cuda"
-        has_bf16 = on_gpu and torch.cuda.is_bf16_supported(False)
+        has_bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
         auto = "bf16" if has_bf16 else "fp32"
         self.precision = auto if c.precision == "auto" else c.precision
         self.world_model = WorldModel(
@@ -909,8 +909,10 @@ class Agent(nn.Module):
             discount_scale=c.discount_scale * c.discount_head,
             reward_tanh=c.reward_tanh, reward_gradients=c.reward_gradients,
             image_gradients=c.image_gradients)
-        mix = np.array([c.reinforce_mix, c.reinforce_mix_end]) * c.policy_reinforce
-        self.schedule = np.stack([mix, [c.entropy_scale, c.entropy_scale_end]])
+        # Paper: continuous actions learn by dynamics alone; so does the ablation.
+        mix = (c.reinforce_mix, c.reinforce_mix_end)
+        mix = (0, 0) if continuous or not c.policy_reinforce else mix
+        self.schedule = np.array([mix, (c.entropy_scale, c.entropy_scale_end)])
         self.anneal_steps = c.anneal_steps or math.inf
         self.reinforce_mix, self.entropy_scale = torch.zeros(2, device=self.device)
         self.discount_head = c.discount_head
@@ -931,7 +933,7 @@ class Agent(nn.Module):
     def autocast(self):
         """bf16: layers multiply in bfloat16; weights, h, logits, losses stay float32.
         Its casts of whole weights are kept until it ends: so within one `with` no
-        optimiser may step, nor the gradient mode change."""
+        optimiser may step, nor a layer run in two gradient modes."""
         return torch.autocast(self.device.type, torch.bfloat16,
                               enabled=self.precision == "bf16")
 
@@ -942,9 +944,8 @@ class Agent(nn.Module):
     @torch.no_grad()
     def act(self, image: Tensor, is_first: Tensor, memory=None, greedy: bool = False):
         """One decision for N environments: image (N, C, 64, 64) uint8, is_first (N,)
-        bool and the memory of the call before (None at first) -> action (N, A) one-hot,
-        memory. greedy takes the actor's mode, for evaluation; the latent is sampled all
-        the same, as in the authors' code."""
+        bool and the memory of the call before (None at first) -> action (N, A), memory.
+        greedy takes the actor's mode, to evaluate; z is sampled all the same."""
         if memory is None:
             memory = self.world_model.rssm.initial(len(image))._asdict()
             memory["action"] = memory["h"].new_zeros(len(image), self.num_actions)
@@ -994,12 +995,12 @@ class Agent(nn.Module):
                 self.world_model.rssm.img_step, self.policy, start, self.horizon)
             reward = self.world_model.predict_reward(features[:-1])
             discount = self.world_model.predict_discount(features[1:-1])
-            if not self.discount_head:
-                discount = torch.full_like(discount, self.gamma)
             # The start state is a real one, so whether it was terminal is known [D13].
             # Without this line a dead state's return counts a dream of life after it.
             true_discount = self.gamma * (1 - batch["is_terminal"].flatten().float())
             discount = torch.cat([true_discount[None], discount])
+            if not self.discount_head:
+                discount = torch.full_like(discount, self.gamma)
             slow_value = self.slow_critic(features).squeeze(-1)
             returns = lambda_return(reward, slow_value, discount, self.lambda_)
             weights = trajectory_weights(discount.detach())
@@ -1011,7 +1012,8 @@ class Agent(nn.Module):
         loss_of_critic, critic_metrics = critic_loss(value, returns, weights)
 
         # 4. Actor: make good returns likelier. [Eq. 6]  actions[t+1] was chosen in
-        #    state t. shift = 1 (--shifted-advantage) credits it with V[t+1] [D5].
+        #    state t; in ln p it is a constant, though with ρ < 1 it carries a gradient.
+        #    shift = 1 (--shifted-advantage) credits it with V[t+1] [D5].
         baseline = slow_value[:-1] if self.slow_baseline else value
         loss_of_actor, actor_metrics = actor_loss(
             policy.log_prob(actions[1:end + 1].detach()), policy.entropy(),
@@ -1154,16 +1156,16 @@ class Envs:
         actions, images = vector_env.single_action_space, vector_env.observation_space
         self.continuous = isinstance(actions, gymnasium.spaces.Box)
         if self.continuous and len(actions.shape) == 1 and actions.is_bounded():
-            vector_env = gymnasium.wrappers.vector.RescaleAction(vector_env, -1.0, 1.0)
+            vector_env = gymnasium.wrappers.vector.RescaleAction(
+                vector_env, np.float32(-1), np.float32(1))
             self.num_actions = actions.shape[0]
         elif isinstance(actions, gymnasium.spaces.Discrete) and actions.start == 0:
             self.num_actions = int(actions.n)
         else:
             raise UsageError("--game needs Discrete actions from 0, or a bounded Box of"
                              f" one axis; this game has {actions}")
-        self.channels = 0
-        if images.dtype == np.uint8 and len(images.shape) in (3, 4):
-            self.channels = to_images(np.zeros(images.shape, np.uint8)).shape[1]
+        good = images.dtype == np.uint8 and len(images.shape) in (3, 4)
+        self.channels = to_images(np.zeros(images.shape, np.uint8)).shape[1] if good else 0
         if self.channels not in (1, 3):
             raise UsageError("--game needs uint8 images (H, W), (H, W, 1) or (H, W, 3);"
                              f" this game has {vector_env.single_observation_space}")
@@ -1177,7 +1179,8 @@ class Envs:
         self.totals = np.zeros((self.num_envs, 2))  # score and decisions so far
         action = np.zeros((self.num_envs, self.num_actions), np.float32)
         self.done = np.zeros(self.num_envs, bool)
-        return Row(images, action, action[:, 0], ~self.done, self.done)
+        zeros = np.zeros(self.num_envs, np.float32)
+        return Row(images, action, zeros, ~self.done, self.done)
 
     def step(self, action: np.ndarray) -> Row:
         """Play actions (N, A). Then self.done: whose episode ended with this row;
@@ -1227,7 +1230,7 @@ def to_images(observation: np.ndarray) -> np.ndarray:
 
 def plain_name(game: str) -> str:
     """UpNDown, up_n_down, ALE/UpNDown-v5, UpNDownNoFrameskip-v4: all are upndown."""
-    name = game.lower().split("/")[-1]
+    name = game.lower().removeprefix("ale/")
     name = re.sub(r"(noframeskip|deterministic)?-v\d+$", "", name)
     return re.sub(r"[^a-z0-9]", "", name)
 
@@ -1270,9 +1273,8 @@ def make_envs(game: str, num_envs: int = 1, seed: int = 0, *, action_repeat: int
         names = {plain_name(n): n for n in ("Catch", *gymnasium.registry)}
         names |= {k: rom.title().replace("_", "") for k, rom in roms.items()}
         near = [names[k] for k in difflib.get_close_matches(plain_name(game), names)]
-        raise UsageError(
-            f"--game {game} cannot be played: {str(error).splitlines()[0]}"
-            f" Near names: {', '.join(near) or 'none'}.") from None
+        reason = f"{str(error).partition(chr(10))[0]} (near names: {', '.join(near)})"
+        raise UsageError(f"--game {game} cannot be played: {reason}") from None
     envs.frames_per_step = action_repeat if envs.continuous else 1
     return envs
 
@@ -1434,8 +1436,6 @@ def make_game(config: Config, num_envs: int, *key: int) -> Envs:
 def load_agent(config: Config):
     """Agent, counters: from the last checkpoint, or new where there is none."""
     device, envs = pick_device(config), make_game(config, 1)
-    if envs.continuous and config.reinforce_mix == Config.reinforce_mix:
-        config.reinforce_mix = 0.0  # Paper: continuous control learns by dynamics only
     torch.manual_seed(config.seed)
     agent = Agent(config, envs.num_actions, envs.channels, device, envs.continuous)
     counters = dict(steps=0, episodes=0, time=0)
@@ -1454,7 +1454,7 @@ def train(config: Config) -> dict | None:
     if counters["steps"] >= config.steps:
         return print("nothing left to do: a larger --steps goes on")
     envs = make_game(config, config.num_envs, counters["steps"], 0)
-    if agent.device.type == "cpu" and config.preset == "atari":
+    if agent.device.type == "cpu" and config.preset not in ("small", "debug"):
         five = {k: torch.from_numpy(v[:1]).expand(config.seq_len, 5, *v.shape[1:])
                 for k, v in envs.reset()._asdict().items()}
         with torch.random.fork_rng():  # the run's random numbers stay as they are
@@ -1477,8 +1477,8 @@ def learn(config, agent: Agent, envs: Envs, replay: Replay, counters) -> dict | 
     frames, start = envs.frames_per_step, time.time() - counters["time"]
     metrics = Metrics(Path(config.logdir, "metrics.jsonl"), updates=agent.updates,
                       frames=counters["steps"] * frames)
-    row, memory, batch, line, scores, stop = envs.reset(), None, None, None, {}, []
-    replay.add(*row)
+    memory, batch, line, scores, stop = None, None, None, {}, []
+    replay.add(*(row := envs.reset()))
     bar = tqdm(total=config.steps, initial=counters["steps"], unit="step", miniters=1)
     signal.signal(signal.SIGINT, lambda *_: (
         stop.append(True), signal.signal(signal.SIGINT, signal.default_int_handler)))
