@@ -1164,8 +1164,8 @@ class Envs:
         else:
             raise UsageError("--game needs Discrete actions from 0, or a bounded Box of"
                              f" one axis; this game has {actions}")
-        good = images.dtype == np.uint8 and len(images.shape) in (3, 4)
-        self.channels = to_images(np.zeros(images.shape, np.uint8)).shape[1] if good else 0
+        ok = images.dtype == np.uint8 and len(images.shape) in (3, 4)
+        self.channels = to_images(np.zeros(images.shape)).shape[1] if ok else 0
         if self.channels not in (1, 3):
             raise UsageError("--game needs uint8 images (H, W), (H, W, 1) or (H, W, 3);"
                              f" this game has {vector_env.single_observation_space}")
