@@ -1523,6 +1523,16 @@ def test_continuous_actions_learn_to_move_a_dot(tmp_path):
     assert np.mean([r["episode_return"] for r in rows[-2:]]) > -1.3
 
 
+@slow
+def test_gaussian_latents_learn_catch(tmp_path):
+    """From -0.75 at random; twice the steps that one-hot latents need."""
+    assert run("--game", "Catch", "--preset", "small", "--no-discrete-latents", "--steps",
+               20_000, "--logdir", tmp_path) == 0
+    rows = lines(tmp_path)
+    assert rows[0]["episode_return"] < -0.5
+    assert np.mean([r["episode_return"] for r in rows[-2:]]) > 0.5
+
+
 DOT = ("--action-repeat", 1, "--no-reward-tanh", "--no-discount-head", "--entropy-scale",
        1e-3, "--steps", 8000, "--eval-episodes", 20)
 
