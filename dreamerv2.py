@@ -295,23 +295,12 @@ def balanced_kl(posterior: Tensor, prior: Tensor, alpha: float | None,
     # it has learned anything. Paper, Table 2: the gamer median falls from 1.64 to 0.84.
     return alpha * train_prior + (1 - alpha) * train_posterior, train_prior.detach()
 
-HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
-
-def mean_std(params: Tensor) -> tuple[Tensor, Tensor]:
-    """The last axis in halves, (..., 2K) -> mean and standard deviation, each (..., K).
-    Authors' code: the deviation is 2·σ(s / 2) + 0.1, between 0.1 and 2.1."""
+def gaussian(params: Tensor) -> torch.distributions.Normal:
+    """(..., 2K), means and then deviations -> K normals, each of its own. Authors'
+    code: from s the deviation is 2·σ(s / 2) + 0.1, between 0.1 and 2.1."""
     mean, s = params.chunk(2, -1)
-    return mean, 2 * torch.sigmoid(s / 2) + 0.1
-
-def gaussian_sample(params: Tensor) -> Tensor:
-    """Mean + deviation · noise, (..., 2K) -> (..., K); gradients reach both."""
-    mean, std = mean_std(params)
-    return mean + std * torch.randn_like(mean)
-
-def gaussian_entropy(params: Tensor) -> Tensor:
-    """Σ_k ln σ_k + ½ ln 2πe, in nats, (..., 2K) -> (...)."""
-    _, std = mean_std(params)
-    return (std.log() + HALF_LOG_2PI + 0.5).sum(-1)
+    std = 2 * torch.sigmoid(s / 2) + 0.1
+    return torch.distributions.Normal(mean, std, validate_args=False)
 
 def gaussian_kl(p_params: Tensor, q_params: Tensor) -> Tensor:
     """KL(p ‖ q) in nats of S·K independent normals, (..., S, 2K) twice -> (...).
@@ -320,9 +309,8 @@ def gaussian_kl(p_params: Tensor, q_params: Tensor) -> Tensor:
     >>> round(gaussian_kl(p, q).item(), 4)                       # one σ apart
     0.5
     """
-    (mean_p, std_p), (mean_q, std_q) = mean_std(p_params), mean_std(q_params)
-    squares = (std_p ** 2 + (mean_p - mean_q) ** 2) / (2 * std_q ** 2)
-    return ((std_q / std_p).log() + squares - 0.5).sum((-2, -1))
+    p, q = gaussian(p_params), gaussian(q_params)
+    return torch.distributions.kl_divergence(p, q).sum((-2, -1))
 
 class OneHot(torch.distributions.OneHotCategorical):
     """The policy over A discrete actions, one-hot, from the actor's logits (..., A)."""
@@ -335,34 +323,31 @@ class OneHot(torch.distributions.OneHotCategorical):
 
 class TruncatedNormal:
     """The policy over A continuous actions in [-1, 1]: a normal without its tails, from
-    the actor's params (..., 2A), see mean_std; a tanh keeps the mode inside.
+    the actor's params (..., 2A), see gaussian; a tanh keeps the mode inside.
     >>> policy = TruncatedNormal(torch.zeros(9000, 2))     # mode 0, deviation 1.1
     >>> policy.rsample().abs().max().item() <= 1, round(policy.entropy()[0].item(), 3)
     (True, 0.686)
     """
     def __init__(self, params: Tensor):
-        mean, self.std = mean_std(params)
-        self.mode = mean.tanh()
-        self.low, self.high = (-1 - self.mode) / self.std, (1 - self.mode) / self.std
-        self.below = torch.special.ndtr(self.low)  # Φ(low): the tail cut off there
-        self.inside = torch.special.ndtr(self.high) - self.below
+        self.normal = gaussian(params)
+        self.normal.loc = self.mode = self.normal.loc.tanh()
+        self.below = self.normal.cdf(-1)  # the tail that is cut off there
+        self.inside = self.normal.cdf(1) - self.below
 
     def rsample(self) -> Tensor:
-        """An action (..., A): Φ⁻¹ of uniform noise, so mode and std get gradients."""
+        """An action (..., A), from uniform noise; mode and deviation get gradients."""
         p = self.below + self.inside * torch.rand_like(self.mode)
-        action = self.mode + self.std * torch.special.ndtri(p.clamp(1e-6, 1 - 1e-6))
-        return action.clamp(-1, 1)
+        return self.normal.icdf(p.clamp(1e-6, 1 - 1e-6)).clamp(-1, 1)
 
     def log_prob(self, action: Tensor) -> Tensor:
         """ln of the density at actions (..., A) -> (...)."""
-        nll = 0.5 * ((action - self.mode) / self.std) ** 2 + HALF_LOG_2PI
-        return -(nll + (self.std * self.inside).log()).sum(-1)
+        return (self.normal.log_prob(action) - self.inside.log()).sum(-1)
 
     def entropy(self) -> Tensor:
         """In nats, (...); at most A·ln 2, that of uniform actions."""
-        low, high = (x * (-0.5 * x ** 2).exp() for x in (self.low, self.high))
-        cut = (low - high) / (2 * math.sqrt(2 * math.pi) * self.inside)
-        return (HALF_LOG_2PI + 0.5 + (self.std * self.inside).log() + cut).sum(-1)
+        low, high = ((x - self.mode) * self.normal.log_prob(x).exp() for x in (-1, 1))
+        cut = (low - high) / (2 * self.inside)
+        return (self.normal.entropy() + self.inside.log() + cut).sum(-1)
 
 # %% Part 3 | Networks
 # Plain feed-forward pieces and the one recurrent cell.
@@ -594,13 +579,13 @@ class RSSM(nn.Module):
 
 class GaussianRSSM(RSSM):
     """The ablation --no-discrete-latents: z is S·K normal numbers instead of S one-hot
-    vectors of K, and State.logits (..., S, 2K) holds their parameters, see mean_std.
+    vectors of K, and State.logits (..., S, 2K) holds their parameters, see gaussian.
     Here: as many as z has entries, so that `feature` keeps its size."""
     params_per_class = 2
 
     def sample(self, logits: Tensor) -> Tensor:
         """z, (..., S, K), reparameterised."""
-        return gaussian_sample(logits)
+        return gaussian(logits).rsample()
 
 # %% Part 5 | World model (Eq. 2)
 # All that is learned from real experience: the RSSM, an encoder that feeds it, and
@@ -615,7 +600,7 @@ def normal_nll(mean: Tensor, target: Tensor) -> Tensor:
     >>> round(normal_nll(image, image).sum().item())
     3764
     """
-    return 0.5 * (target - mean) ** 2 + HALF_LOG_2PI
+    return 0.5 * (target - mean) ** 2 + 0.5 * math.log(2 * math.pi)
 
 class WorldModel(nn.Module):
     """Encoder, RSSM, image, reward and discount heads, and their loss. [Eq. 2]"""
@@ -625,7 +610,7 @@ class WorldModel(nn.Module):
         super().__init__()
         rssm, self.kl, self.entropy = (
             (RSSM, categorical_kl, categorical_entropy) if discrete else
-            (GaussianRSSM, gaussian_kl, gaussian_entropy))
+            (GaussianRSSM, gaussian_kl, lambda logits: gaussian(logits).entropy()))
         self.encoder = ConvEncoder(channels, cnn_depth)
         self.rssm = rssm(action_dim, self.encoder.embed_dim, **rssm_sizes)
         size = self.rssm.feature_size
@@ -688,8 +673,9 @@ class WorldModel(nn.Module):
                 discount_loss=discount_loss, kl=kl.mean(),
                 image_mse=F.mse_loss(mean, target),
                 reward_mse=F.mse_loss(reward_mean, reward_target),
-                prior_entropy=self.entropy(prior).sum(-1).mean(),
-                posterior_entropy=self.entropy(posterior.logits).sum(-1).mean())
+                prior_entropy=self.entropy(prior).flatten(2).sum(2).mean(),
+                posterior_entropy=self.entropy(
+                    posterior.logits).flatten(2).sum(2).mean())
         return loss, posterior, {k: v.detach() for k, v in metrics.items()}
 
 # %% Part 6 | Imagination
