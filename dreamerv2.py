@@ -312,14 +312,23 @@ def gaussian_kl(p_params: Tensor, q_params: Tensor) -> Tensor:
     p, q = gaussian(p_params), gaussian(q_params)
     return torch.distributions.kl_divergence(p, q).sum((-2, -1))
 
-class OneHot(torch.distributions.OneHotCategorical):
+class OneHot(torch.distributions.Categorical):
     """The policy over A discrete actions, one-hot, from the actor's logits (..., A)."""
     def __init__(self, logits: Tensor):
-        super().__init__(logits=logits, validate_args=False)
+        super().__init__(logits=logits, validate_args=False)  # checks wait for a GPU
+
+    @property
+    def mode(self) -> Tensor:
+        """The likeliest action, (..., A)."""
+        return F.one_hot(self.logits.argmax(-1), self.logits.shape[-1]).float()
 
     def rsample(self) -> Tensor:
         """An action (..., A) that carries the gradient of the probabilities."""
         return straight_through_sample(self.logits)
+
+    def log_prob(self, action: Tensor) -> Tensor:
+        """ln of the probability of actions (..., A) -> (...)."""
+        return super().log_prob(action.argmax(-1))
 
 class TruncatedNormal:
     """The policy over A continuous actions in [-1, 1]: a normal without its tails, from
@@ -487,7 +496,7 @@ class RSSM(nn.Module):
     torch.Size([5, 6, 20])
     """
     features = staticmethod(State.feature.fget)  # features(state) is state.feature
-    params_per_class = 1
+    params = 1  # of each class: its logit
 
     def __init__(self, action_dim: int, embed_dim: int, num_latents: int = 32,
                  num_classes: int = 32, deter_size: int = 600, hidden_size: int = 600,
@@ -500,15 +509,15 @@ class RSSM(nn.Module):
         self.img_in = nn.Linear(latent_size + action_dim, hidden_size)
         self.cell = LayerNormGRUCell(hidden_size, deter_size, layer_norm)
         self.prior_in = nn.Linear(deter_size, hidden_size)
-        self.prior_out = nn.Linear(hidden_size, self.params_per_class * latent_size)
+        self.prior_out = nn.Linear(hidden_size, self.params * latent_size)
         self.post_in = nn.Linear(deter_size + embed_dim, hidden_size)
-        self.post_out = nn.Linear(hidden_size, self.params_per_class * latent_size)
+        self.post_out = nn.Linear(hidden_size, self.params * latent_size)
 
     def initial(self, n: int) -> State:
         """n fresh states: zeros, not learned."""
         h = self.img_in.weight.new_zeros(n, self.deter_size)
         z = h.new_zeros(n, *self.latent_shape)
-        return State(h, z, z.repeat(1, 1, self.params_per_class))
+        return State(h, z, z.repeat(1, 1, self.params))
 
     def sample(self, logits: Tensor) -> Tensor:
         """z, (..., S, K), of its distribution."""
@@ -578,14 +587,10 @@ class RSSM(nn.Module):
         return posterior, self.prior_logits(h)
 
 class GaussianRSSM(RSSM):
-    """The ablation --no-discrete-latents: z is S·K normal numbers instead of S one-hot
-    vectors of K, and State.logits (..., S, 2K) holds their parameters, see gaussian.
-    Here: as many as z has entries, so that `feature` keeps its size."""
-    params_per_class = 2
-
-    def sample(self, logits: Tensor) -> Tensor:
-        """z, (..., S, K), reparameterised."""
-        return gaussian(logits).rsample()
+    """The ablation --no-discrete-latents: z, (..., S, K), is that many normal numbers,
+    and State.logits, (..., S, 2K), are their parameters, see gaussian."""
+    params = 2
+    sample = staticmethod(lambda logits: gaussian(logits).rsample())
 
 # %% Part 5 | World model (Eq. 2)
 # All that is learned from real experience: the RSSM, an encoder that feeds it, and
@@ -876,11 +881,11 @@ class Agent(nn.Module):
         has_bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
         auto = "bf16" if has_bf16 else "fp32"
         self.precision = auto if c.precision == "auto" else c.precision
+        sizes = {name: getattr(c, name) for name in (
+            "num_latents", "num_classes", "deter_size", "hidden_size", "cnn_depth",
+            "mlp_layers", "mlp_units", "layer_norm")}
         self.world_model = WorldModel(
-            num_actions, channels, num_latents=c.num_latents, num_classes=c.num_classes,
-            deter_size=c.deter_size, hidden_size=c.hidden_size, cnn_depth=c.cnn_depth,
-            mlp_layers=c.mlp_layers, mlp_units=c.mlp_units, layer_norm=c.layer_norm,
-            discrete=c.discrete_latents)
+            num_actions, channels, discrete=c.discrete_latents, **sizes)
         size = self.world_model.rssm.feature_size
         self.distribution = TruncatedNormal if continuous else OneHot
         outputs = num_actions * (2 if continuous else 1)
@@ -1050,7 +1055,9 @@ class Replay:
             ("image", np.uint8, image_shape), ("action", np.float32, (action_dim,)),
             ("reward", np.float32), ("is_first", bool), ("is_terminal", bool)])
         self.num_envs, self.length = num_envs, capacity // num_envs
-        shape = (num_envs, self.length)
+        # A spare slot takes the row that is being written: a kill tears no other.
+        self.slots = self.length + 1
+        shape = (num_envs, self.slots)
         self.random = np.random.default_rng(seed)
         rows, written = Path(directory, "rows.npy"), Path(directory, "written.npy")
         if not written.exists():
@@ -1071,7 +1078,7 @@ class Replay:
 
     def add(self, image, action, reward, is_first, is_terminal) -> None:
         """Store one row of every environment; the arguments are the fields of Row."""
-        slot = int(self.written[0]) % self.length
+        slot = int(self.written[0]) % self.slots
         for k, v in zip(Row._fields, (image, action, reward, is_first, is_terminal)):
             self.rows[k][:, slot] = v
         self.written[0] += 1  # last: a row exists once it is whole
@@ -1087,7 +1094,7 @@ class Replay:
                              f" environment, and a sequence takes {seq_len}")
         start = self.random.integers(oldest, written - seq_len + 1, batch_size)
         env = self.random.integers(self.num_envs, size=batch_size)
-        slots = (start + np.arange(seq_len)[:, None]) % self.length  # (T, B)
+        slots = (start + np.arange(seq_len)[:, None]) % self.slots  # (T, B)
         batch = {name: torch.from_numpy(np.asarray(self.rows[name])[env, slots])
                  for name in Row._fields}
         # The state before a sequence is unknown, so each starts as an episode does.
@@ -1259,7 +1266,7 @@ def make_envs(game: str, num_envs: int = 1, seed: int = 0, *, action_repeat: int
         names = {plain_name(n): n for n in ("Catch", *gymnasium.registry)}
         names |= {k: rom.title().replace("_", "") for k, rom in roms.items()}
         near = [names[k] for k in difflib.get_close_matches(plain_name(game), names)]
-        reason = f"{str(error).partition(chr(10))[0]} (near names: {', '.join(near)})"
+        reason = str(error).partition("\n")[0] + f" (near: {', '.join(near) or 'none'})"
         raise UsageError(f"--game {game} cannot be played: {reason}") from None
     envs.frames_per_step = action_repeat if envs.continuous else 1
     return envs
@@ -1459,22 +1466,25 @@ def train(config: Config) -> dict | None:
 
 def learn(config, agent: Agent, envs: Envs, replay: Replay, counters) -> dict | None:
     """The loop: every decision makes a row, every few decisions a gradient step. Ctrl-C
-    ends it after the step in hand, with a checkpoint; a second one ends it at once."""
+    or SIGTERM ends it after the step in hand, with a checkpoint; a second, at once."""
     frames, start = envs.frames_per_step, time.time() - counters["time"]
     metrics = Metrics(Path(config.logdir, "metrics.jsonl"), updates=agent.updates,
                       frames=counters["steps"] * frames)
-    memory, batch, line, scores, stop = None, None, None, {}, []
+    memory, batch, line, scores, stop, ending = None, None, None, {}, [], False
+    with open(metrics.path, "ab") as file:  # lines after the checkpoint come once more
+        file.truncate(min(file.tell(), counters.get("log_bytes", file.tell())))
     replay.add(*(row := envs.reset()))
     bar = tqdm(total=config.steps, initial=counters["steps"], unit="step", miniters=1)
-    signal.signal(signal.SIGINT, lambda *_: (
-        stop.append(True), signal.signal(signal.SIGINT, signal.default_int_handler)))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda n, _: (
+            stop.append(n), signal.signal(n, signal.default_int_handler)))
 
     def draw() -> dict[str, Tensor]:
         return upload(replay.sample(config.batch_size, config.seq_len), agent.device)
 
     def due(every: int) -> bool:
         return steps // every > before // every or steps >= config.steps
-    while counters["steps"] < config.steps and not stop:
+    while not ending:
         before = counters["steps"]
         prefilling = before < config.prefill_steps
         bar.set_description("random play" if prefilling else "training", refresh=False)
@@ -1494,6 +1504,7 @@ def learn(config, agent: Agent, envs: Envs, replay: Replay, counters) -> dict | 
         counters.update(steps=steps, episodes=counters["episodes"] + len(envs.ended),
                         time=time.time() - start)
         bar.update(steps - before)
+        ending = bool(stop) or steps >= config.steps
         if due(config.eval_every_steps) and agent.updates and config.eval_episodes:
             score, length = evaluate(agent, make_game(config, 1, steps, 1),
                                      config.eval_episodes).mean(0).tolist()
@@ -1505,12 +1516,14 @@ def learn(config, agent: Agent, envs: Envs, replay: Replay, counters) -> dict | 
             scores = {}
             bar.set_postfix({k: line[k] for k in (
                 "frames", "episode_return", "updates_per_s")})
-        if due(config.checkpoint_every_steps) or stop:
+        if due(config.checkpoint_every_steps) or ending:
+            counters["log_bytes"] = metrics.path.stat().st_size
             save_checkpoint(Path(config.logdir, "checkpoint.pt"), agent, counters)
     bar.close()
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if stop:
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt(*stop)
     return line
 
 def play(config: Config) -> None:
@@ -1627,9 +1640,9 @@ def main(argv: list[str] | None = None) -> int:
     except (UsageError, OSError, ImportError) as error:  # OSError: disk or folder
         print(f"dreamerv2.py: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("\nstopped; the same command goes on from the last checkpoint")
-        return 130
+        return 128 + (stop.args or (signal.SIGINT,))[0]
     return 0
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ import contextlib
 import copy
 import dataclasses
 import doctest
-import functools
 import gc
 import inspect
 import itertools
@@ -30,6 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from pathlib import Path
 
 import gymnasium
@@ -928,6 +928,23 @@ def test_gaussian_kl_is_balanced_as_the_categorical_one():
             torch.testing.assert_close(grad, share * full)
 
 
+def test_policies_check_nothing():
+    """A check of parameters reads a number back: a CUDA graph cannot record that."""
+    bad = torch.full((2, 4), math.nan)
+    for policy in (d.OneHot(bad), d.TruncatedNormal(bad)):
+        policy.rsample(), policy.entropy(), policy.mode
+        policy.log_prob(torch.zeros(2, 4 if isinstance(policy, d.OneHot) else 2))
+
+
+def test_one_hot_policy_by_hand():
+    policy = d.OneHot(torch.tensor([[0.0, math.log(3.0)]]))
+    assert policy.mode.tolist() == [[0, 1]]
+    action = torch.tensor([[1.0, 0.0]])
+    assert policy.log_prob(action).item() == pytest.approx(math.log(0.25))
+    entropy = math.log(4) - 0.75 * math.log(3)
+    assert policy.entropy().item() == pytest.approx(entropy)
+
+
 @pytest.mark.parametrize("mean, s", [(0.0, 0.0), (2.0, -3.0), (-1.0, 4.0), (0.3, -8.0)])
 def test_truncated_normal_is_a_distribution_within_its_bounds(mean, s):
     """Against sums over a fine grid, and the moments of its samples."""
@@ -1222,6 +1239,30 @@ def test_replay_goes_on_where_it_was(tmp_path):
         d.Replay(tmp_path, 11, image_shape=(1, 2, 2), action_dim=2)
     with pytest.raises(d.UsageError):
         replay.sample(1, 11)
+
+
+@pytest.mark.parametrize("fields", range(6))
+def test_a_row_torn_by_a_kill_is_never_sampled(fields, tmp_path):
+    """Killed after so many of its five fields, in a full ring: the others are whole."""
+    replay = counting_replay(tmp_path, 6, 15)
+    rows = replay.rows
+
+    class Torn:
+        def __getitem__(self, name, left=[fields]):
+            left[0] -= 1
+            if left[0] < 0:
+                raise KeyboardInterrupt
+            return rows[name]
+
+    replay.rows = Torn()
+    with contextlib.suppress(KeyboardInterrupt):
+        fill_row(replay, 77)
+    again = d.Replay(tmp_path, 6, image_shape=(1, 2, 2), action_dim=2)
+    batch = again.sample(300, 2)
+    alive = {9, 10, 11, 12, 13, 14} if fields < 5 else {10, 11, 12, 13, 14, 77}
+    assert set(batch["reward"].unique().tolist()) == alive and len(again) == 6
+    assert (batch["reward"] == batch["action"][..., 0]).all()
+    assert (batch["reward"] == batch["image"][..., 0, 0, 0]).all()
 
 
 def test_replay_does_not_touch_batches_already_drawn(tmp_path):
@@ -1623,23 +1664,96 @@ def test_run_resumes_without_a_burst(tmp_path, capsys):
     assert "mean score" in capsys.readouterr().out
 
 
-def test_ctrl_c_loses_nothing(tmp_path):
-    """SIGINT in the middle of training: status 130, and the checkpoint is of that moment."""
+@pytest.mark.parametrize("number, status", [("SIGINT", 130), ("SIGTERM", 143)])
+def test_ctrl_c_and_sigterm_lose_nothing(number, status, tmp_path):
+    """In the middle of training: the checkpoint is of that moment."""
     logdir = tmp_path / "run"
     command = [sys.executable, HERE / "dreamerv2.py", "--game", "Catch", "--preset", "debug",
                "--steps", "100000", "--checkpoint-every-steps", "100000", "--logdir", logdir]
     job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while not (logdir / "metrics.jsonl").exists() and job.poll() is None:
+    while job.poll() is None and not (
+            (logdir / "metrics.jsonl").exists() and lines(logdir)):
         time.sleep(0.05)
-    job.send_signal(signal.SIGINT)
+    job.send_signal(getattr(signal, number))
     out, _ = job.communicate(timeout=60)
-    assert job.returncode == 130 and "goes on" in out
+    assert job.returncode == status and "goes on" in out
     saved = torch.load(logdir / "checkpoint.pt", weights_only=True)
     steps, updates = saved["counters"]["steps"], saved["updates"]
     assert steps >= lines(logdir)[-1]["step"]
     assert updates == (steps - DEBUG["prefill_steps"]) // 4 > 0
     assert run("--logdir", logdir, "--steps", steps + 40) == 0
     assert lines(logdir)[-1]["updates"] == updates + 10
+
+
+WITNESS = """
+import os, sys, zlib
+import numpy as np
+sys.path.insert(0, sys.argv[1])
+import dreamerv2 as d
+log, add = os.open(sys.argv[2], os.O_WRONLY | os.O_APPEND | os.O_CREAT), d.Replay.add
+def witnessed(replay, *row):
+    whole = b"".join(np.asarray(x).astype(replay.rows.dtype[k].base).tobytes()
+                     for k, x in zip(d.Row._fields, row))
+    os.write(log, f"{int(replay.written[0])} {zlib.crc32(whole)}\\n".encode())
+    add(replay, *row)
+d.Replay.add = witnessed
+sys.exit(d.main(sys.argv[3:]))
+"""
+
+
+def check_replay(logdir, log):
+    """Every row that can be sampled is what was last written under its number."""
+    rows, written = np.load(logdir / "replay" / "rows.npy"), int(
+        np.load(logdir / "replay" / "written.npy")[0])
+    last = {int(n): int(crc) for n, crc in map(str.split, log.read_text().splitlines())}
+    assert written <= len(last)
+    for number in range(max(0, written - rows.shape[1] + 1), written):
+        row = rows[0, number % rows.shape[1]]
+        whole = b"".join(np.asarray(row[k]).tobytes() for k in d.Row._fields)
+        assert zlib.crc32(whole) == last[number], number
+
+
+def test_killed_at_random_moments(tmp_path):
+    """kill -9 of a run on the real emulator, whose ring is full and wraps: 3 times, with
+    SLOW=1 25 times. All of the replay's rows are whole then, the next process goes on from
+    the checkpoint, and metrics.jsonl repeats no line."""
+    rng, log, logdir = np.random.default_rng(), tmp_path / "log", tmp_path / "run"
+    script = tmp_path / "witness.py"
+    script.write_text(WITNESS)
+    command = [sys.executable, script, HERE, log, "--game", "Breakout", "--preset", "debug",
+               "--checkpoint-every-steps", "40", "--replay-capacity", "250",
+               "--eval-every-steps", "100000", "--log-every-steps", "25", "--logdir", logdir]
+    steps = 0
+    for _ in range(25 if "SLOW" in os.environ else 3):
+        job = subprocess.Popen(command + ["--steps", "100000"], stderr=subprocess.DEVNULL,
+                               stdout=subprocess.DEVNULL)
+        while not (logdir / "checkpoint.pt").exists() and job.poll() is None:
+            time.sleep(0.05)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            job.wait(rng.uniform(0, 6))
+        job.kill()
+        assert job.wait() == -signal.SIGKILL
+        check_replay(logdir, log)
+        before, steps = steps, torch.load(
+            logdir / "checkpoint.pt", weights_only=True)["counters"]["steps"]
+        assert steps >= before
+    done = subprocess.run(command + ["--steps", str(steps + 100)], capture_output=True)
+    assert done.returncode == 0, done.stderr
+    check_replay(logdir, log)
+    table = lines(logdir)
+    assert [r["step"] for r in table] == sorted({r["step"] for r in table})
+    assert all(r["updates"] == (r["step"] - 200) // 4 for r in table)
+
+
+def test_a_torn_line_of_metrics_is_written_again(tmp_path):
+    flags = ("--game", "Catch", "--preset", "debug", "--logdir", tmp_path)
+    assert run(*flags, "--steps", 600) == 0
+    before = lines(tmp_path)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 700, "fra')
+    assert run(*flags, "--steps", 800) == 0
+    after = lines(tmp_path)
+    assert after[:len(before)] == before and [r["step"] for r in after] == [400, 600, 800]
 
 
 def test_counters_with_several_environments(tmp_path):
