@@ -2351,41 +2351,60 @@ PUBLISHED = {agent: {d.plain_name(row[0]): float(row[i]) for row in ROWS}
              for i, agent in enumerate(AGENTS, 1)}
 
 
+def finished_run(path):
+    """A metrics.jsonl -> config, frames, score; ValueError says why it has none."""
+    try:
+        config = json.loads(path.with_name("config.json").read_text("utf-8"))
+        game, steps = config["game"], int(config["steps"])
+    except (OSError, ValueError, LookupError, TypeError):
+        raise ValueError("its config.json is missing or damaged") from None
+    try:
+        rows = [json.loads(x) for x in path.read_text("utf-8").splitlines()]
+        done = [(int(x["step"]), int(x["frames"]), x["episode_return"]) for x in rows]
+    except (ValueError, LookupError, TypeError):
+        raise ValueError("it has a damaged line") from None
+    step, frames, _ = done[-1] if done else (0, 0, None)
+    if step < steps:
+        raise ValueError(f"not finished: {step:,} of {steps:,} decisions")
+    late = [score for _, at, score in done
+            if score is not None and at > frames - min(1e6, frames / 10)]
+    if not late:
+        raise ValueError("no episode ended in its last part")
+    return config | dict(game=str(game)), frames, float(np.mean(late))
+
+
 def scores(folder):
     """dreamerv2.py --scores: finished runs below a folder beside the published scores. A
     run's score is its mean training return over its last million frames, or its last tenth
-    if that is less. Summaries are over the games played, each the mean of its seeds."""
+    if that is less. Summaries are over the games played, each the mean of its runs."""
     shape, games = "{:20}{:>6}{:>13}{:>11}{:>8}{:>8}" + len(PUBLISHED) * "{:>11}", {}
-    print(shape.format("game", "seed", "frames", "score", "gamer", "record", *PUBLISHED))
     found = sorted(Path(folder).rglob("metrics.jsonl"))
     if not found:
-        raise d.UsageError(f"--scores {folder}: no run (no metrics.jsonl) below it")
+        what = "no run (no metrics.jsonl) below it" if Path(folder).is_dir() else "no folder"
+        raise d.UsageError(f"--scores {folder}: {what}")
+    print(shape.format("game", "seed", "frames", "score", "gamer", "record", *PUBLISHED),
+          "preset, folder", sep="  ")
     for path in found:
         try:
-            config = json.loads(path.with_name("config.json").read_text("utf-8"))
-            rows = [json.loads(x) for x in path.read_text("utf-8").splitlines()]
-            game, seed, frames = d.plain_name(config["game"]), config["seed"], \
-                rows[-1]["frames"]
-            if rows[-1]["step"] < config["steps"]:
-                raise ValueError(f"not finished: {rows[-1]['step']:,} of"
-                                 f" {config['steps']:,} decisions")
-            score = float(np.mean([
-                x["episode_return"] for x in rows if x["episode_return"] is not None
-                and x["frames"] > frames - min(1e6, frames / 10)]))
-            if math.isnan(score):
-                raise ValueError("no episode ended in its last part")
-        except (OSError, ValueError, LookupError, TypeError) as error:
+            config, frames, score = finished_run(path)
+        except (ValueError, OSError) as error:
             print(f"{path} is left out: {error}", file=sys.stderr)
             continue
-        cells = ["-"] * (2 + len(PUBLISHED))
+        cells, game = ["-"] * (2 + len(PUBLISHED)), d.plain_name(config["game"])
         if game in d.REFERENCE:
-            games.setdefault(game, []).append(score)
+            games.setdefault(game, []).append((score, config.get("preset")))
             cells = [f"{d.normalized_score(game, score, x):.2f}" for x in ("gamer", "record")]
             cells += [f"{of[game]:.6g}" for of in PUBLISHED.values()]
-        print(shape.format(config["game"], seed, f"{frames:,}", f"{score:.1f}", *cells))
-    print(f"\n{len(games)} of the paper's 55 games")
+        print(shape.format(config["game"], str(config.get("seed")), f"{frames:,}",
+                           f"{score:.1f}", *cells),
+              f"{config.get('preset')}, {path.parent}", sep="  ")
+    presets = {preset for runs in games.values() for _, preset in runs}
+    print(f"\n{len(games)} of the paper's 55 games" + (
+        f"; the summaries mix the presets {', '.join(sorted(map(str, presets)))}"
+        if len(presets) > 1 else ""))
     if games:
-        table = {"these runs": {game: float(np.mean(x)) for game, x in games.items()}}
+        table = {"these runs": {game: float(np.mean([score for score, _ in runs]))
+                                for game, runs in games.items()}}
         table |= {a: {game: of[game] for game in games} for a, of in PUBLISHED.items()}
         print(" " * 12 + "".join(f"{k:>21}" for k in d.summarize_scores(table["DQN"])))
         for name, of in table.items():
@@ -2438,7 +2457,8 @@ def test_normalized_score_by_hand():
 def a_run(folder, game, seed, returns, steps=1_000_000):
     """A run's folder whose last tenth (or million frames) has the second of two returns."""
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(dict(game=game, seed=seed, steps=steps)))
+    (folder / "config.json").write_text(json.dumps(
+        dict(game=game, seed=seed, steps=steps, preset="atari")))
     ends = [dict(step=s, frames=4 * s, episode_return=r) for s, r in zip(
         (steps // 2, steps * 9 // 10, steps * 19 // 20, steps), (*returns, None, returns[1]))]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in ends))
@@ -2457,10 +2477,11 @@ def test_scores_of_runs(tmp_path, capsys):
     assert run("--scores", tmp_path) == 0
     out, err = capsys.readouterr()
     table = [x.split() for x in out.splitlines()]
-    assert table[1] == "Boxing 0 4,000,000 12.1 1.00 0.12 86.14 97.91 98.56 81.4 77.99".split()
+    assert table[1] == [*"Boxing 0 4,000,000 12.1 1.00 0.12 86.14 97.91 98.56 81.4 77.99"
+                        " atari,".split(), str(tmp_path / "a" / "0")]
     assert table[2][:6] == "ALE/Boxing-v5 1 4,000,000 36.1 3.00 0.36".split()
     assert table[3][:6] == "pong 0 4,000,000 14.6 1.00 0.85".split()
-    assert table[4] == ["Catch", "0", "4,000,000", "1.0", *"-" * 7]
+    assert table[4][:-2] == ["Catch", "0", "4,000,000", "1.0", *"-" * 7]
     assert "2 of the paper's 55 games" in out and "Freeway" not in out
     ours = (36.1 + 12.1) / 2 - 0.1
     assert [float(x) for x in table[-6][-4:]] == pytest.approx(
@@ -2472,8 +2493,32 @@ def test_scores_of_runs(tmp_path, capsys):
 
 
 def test_scores_of_nothing_is_one_line(tmp_path, capsys):
-    assert run("--scores", tmp_path / "nowhere") == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    (tmp_path / "file").write_text("")
+    for folder, why in (("nowhere", "no folder"), ("file", "no folder"), (".", "no run")):
+        assert run("--scores", tmp_path / folder) == 2
+        out, err = capsys.readouterr()
+        assert err.count("\n") == 1 and why in err and not out
+
+
+@pytest.mark.parametrize("config, metrics, why", [
+    ("{}", None, "config.json"), ("{", None, "config.json"), (None, "", "0 of 1,000,000"),
+    (None, "[1]\n", "damaged line"), (None, '{"step": 9}\n', "damaged line"),
+    (None, '{"step": 1000000, "frames": 10, "episode_return": null}\n', "no episode ended"),
+    (None, '{"step": 9, "frames": 36, "episode_return": 1}\n', "9 of 1,000,000")])
+def test_runs_without_a_score_are_left_out_with_the_reason(
+        config, metrics, why, tmp_path, capsys, recwarn):
+    a_run(tmp_path / "a", "Pong", 0, (1.0, 2.0))
+    for name, text in (("config.json", config), ("metrics.jsonl", metrics)):
+        if text is not None:
+            (tmp_path / "a" / name).write_text(text)
+    a_run(tmp_path / "b", "Pong", 1, (1.0, 2.0))
+    a_run(tmp_path / "c", "Pong", 1, (1.0, 2.0))
+    (tmp_path / "c" / "config.json").write_text(
+        json.dumps(dict(game="Pong", seed=1, steps=1_000_000, preset="small")))
+    assert run("--scores", tmp_path) == 0
+    out, err = capsys.readouterr()
+    assert err.count("\n") == 1 and why in err and "is left out" in err
+    assert "mix the presets atari, small" in out and not recwarn.list
 
 
 @pytest.mark.parametrize("flags", [("--scores", "."), ("--benchmark", "--preset", "smal")])
