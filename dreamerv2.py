@@ -191,7 +191,7 @@ PRESETS = {
         shifted_advantage=True, full_action_space=False, noops=31),
     "schedules": dict(  # the paper's row of that name: their first version, faf9e4c
         gamma=0.999, anneal_steps=2_500_000, reinforce_mix=0.9, entropy_scale=3e-3),
-    "continuous": dict(  # the authors' dmc of May 2021 (0216d33); steps, replay: ours
+    "continuous": dict(  # the authors' dmc of May 2021 (0216d33); our steps and replay
         steps=500_000, action_repeat=2, replay_capacity=500_000, prefill_steps=2_500,
         steps_per_update=5, deter_size=200, hidden_size=200, kl_scale=1.0,
         free_nats=1.0, discount_head=False, reward_tanh=False, model_lr=3e-4,
@@ -273,7 +273,7 @@ def balanced_kl(posterior: Tensor, prior: Tensor, alpha: float | None,
     have the same value, so loss equals kl; only the gradients differ. The first teaches
     the prior to predict, the second keeps the posterior predictable. The direction is
     always KL(posterior ‖ prior). α = None is the plain KL, with its full gradient to
-    both (--no-kl-balancing); so is α = 0.5 in the authors' code, but here that halves.
+    both (--no-kl-balancing); so is α = 0.5 in the authors' code, here it halves both.
     >>> post = torch.tensor([[1.0, 1.0]]).log().requires_grad_()
     >>> prior = torch.tensor([[3.0, 1.0]]).log().requires_grad_()
     >>> loss, kl = balanced_kl(post, prior, alpha=0.75)
@@ -296,8 +296,8 @@ def balanced_kl(posterior: Tensor, prior: Tensor, alpha: float | None,
     return alpha * train_prior + (1 - alpha) * train_posterior, train_prior.detach()
 
 def gaussian(params: Tensor) -> torch.distributions.Normal:
-    """(..., 2K), means and then deviations -> K normals, each of its own. Authors'
-    code: from s the deviation is 2·σ(s / 2) + 0.1, between 0.1 and 2.1."""
+    """(..., 2K), means and then s -> K independent normals. Authors' code: the
+    deviation is 2·σ(s / 2) + 0.1, between 0.1 and 2.1."""
     mean, s = params.chunk(2, -1)
     std = 2 * torch.sigmoid(s / 2) + 0.1
     return torch.distributions.Normal(mean, std, validate_args=False)
@@ -340,8 +340,8 @@ class TruncatedNormal:
     def __init__(self, params: Tensor):
         self.normal = gaussian(params)
         self.normal.loc = self.mode = self.normal.loc.tanh()
-        self.below = self.normal.cdf(-1)  # the tail that is cut off there
-        self.inside = self.normal.cdf(1) - self.below
+        self.below = self.normal.cdf(-1)  # the probability that is cut off there
+        self.inside = self.normal.cdf(1) - self.below  # and what is left
 
     def rsample(self) -> Tensor:
         """An action (..., A), from uniform noise; mode and deviation get gradients."""
@@ -496,7 +496,7 @@ class RSSM(nn.Module):
     torch.Size([5, 6, 20])
     """
     features = staticmethod(State.feature.fget)  # features(state) is state.feature
-    params = 1  # of each class: its logit
+    params_per_class = 1  # its logit
 
     def __init__(self, action_dim: int, embed_dim: int, num_latents: int = 32,
                  num_classes: int = 32, deter_size: int = 600, hidden_size: int = 600,
@@ -509,15 +509,15 @@ class RSSM(nn.Module):
         self.img_in = nn.Linear(latent_size + action_dim, hidden_size)
         self.cell = LayerNormGRUCell(hidden_size, deter_size, layer_norm)
         self.prior_in = nn.Linear(deter_size, hidden_size)
-        self.prior_out = nn.Linear(hidden_size, self.params * latent_size)
+        self.prior_out = nn.Linear(hidden_size, self.params_per_class * latent_size)
         self.post_in = nn.Linear(deter_size + embed_dim, hidden_size)
-        self.post_out = nn.Linear(hidden_size, self.params * latent_size)
+        self.post_out = nn.Linear(hidden_size, self.params_per_class * latent_size)
 
     def initial(self, n: int) -> State:
         """n fresh states: zeros, not learned."""
         h = self.img_in.weight.new_zeros(n, self.deter_size)
         z = h.new_zeros(n, *self.latent_shape)
-        return State(h, z, z.repeat(1, 1, self.params))
+        return State(h, z, z.repeat(1, 1, self.params_per_class))
 
     def sample(self, logits: Tensor) -> Tensor:
         """z, (..., S, K), of its distribution."""
@@ -587,9 +587,9 @@ class RSSM(nn.Module):
         return posterior, self.prior_logits(h)
 
 class GaussianRSSM(RSSM):
-    """The ablation --no-discrete-latents: z, (..., S, K), is that many normal numbers,
-    and State.logits, (..., S, 2K), are their parameters, see gaussian."""
-    params = 2
+    """The ablation --no-discrete-latents: z (..., S, K) is so many normal numbers, here
+    to keep F (authors' code: S), and State.logits (..., S, 2K) their parameters."""
+    params_per_class = 2  # see gaussian
     sample = staticmethod(lambda logits: gaussian(logits).rsample())
 
 # %% Part 5 | World model (Eq. 2)
@@ -878,8 +878,7 @@ class Agent(nn.Module):
         c, self.num_actions, self.updates = config, num_actions, 0
         self.device = torch.device(device)
         on_gpu = self.device.type == "cuda"
-        has_bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
-        auto = "bf16" if has_bf16 else "fp32"
+        auto = "bf16" if on_gpu and torch.cuda.is_bf16_supported(False) else "fp32"
         self.precision = auto if c.precision == "auto" else c.precision
         sizes = {name: getattr(c, name) for name in (
             "num_latents", "num_classes", "deter_size", "hidden_size", "cnn_depth",
@@ -957,9 +956,9 @@ class Agent(nn.Module):
 
     def train_step(self, batch: dict[str, Tensor], step: int = 0) -> dict[str, Tensor]:
         """One update: the rows of Replay.sample (T, B, ...) -> metrics, scalars on the
-        device. `step`, decisions so far, anneals ρ and η. After updates 0, 100, 200 ...
-        (slow_every_updates) the slow critic becomes a copy: without it, the critic
-        would chase its own latest guess."""
+        device. `step`, decisions so far, anneals ρ and η. After the 1st, 101st, 201st
+        update ... (slow_every_updates) the slow critic becomes a copy: without it, the
+        critic would chase its own latest guess."""
         done = min(1.0, step / self.anneal_steps)
         mix, scale = self.schedule @ (1 - done, done)
         # In place: a CUDA graph reads the two where they are.
@@ -1055,7 +1054,7 @@ class Replay:
             ("image", np.uint8, image_shape), ("action", np.float32, (action_dim,)),
             ("reward", np.float32), ("is_first", bool), ("is_terminal", bool)])
         self.num_envs, self.length = num_envs, capacity // num_envs
-        # A spare slot takes the row that is being written: a kill tears no other.
+        # A spare slot: the row being written, which a kill may tear, is never sampled.
         self.slots = self.length + 1
         shape = (num_envs, self.slots)
         self.random = np.random.default_rng(seed)
@@ -1148,7 +1147,8 @@ class Envs:
     def __init__(self, vector_env, seed: int, frames_per_step: int = 1):
         actions, images = vector_env.single_action_space, vector_env.observation_space
         self.continuous = isinstance(actions, gymnasium.spaces.Box)
-        if self.continuous and len(actions.shape) == 1 and actions.is_bounded():
+        if self.continuous and len(actions.shape) == 1 and actions.is_bounded() and (
+                actions.dtype.kind == "f" and (actions.low < actions.high).all()):
             vector_env = gymnasium.wrappers.vector.RescaleAction(
                 vector_env, np.float32(-1), np.float32(1))
             self.num_actions = actions.shape[0]
@@ -1156,7 +1156,7 @@ class Envs:
             self.num_actions = int(actions.n)
         else:
             raise UsageError("--game needs Discrete actions from 0, or a bounded Box of"
-                             f" one axis; this game has {actions}")
+                             f" fractions with one axis; this game has {actions}")
         ok = images.dtype == np.uint8 and len(images.shape) in (3, 4)
         self.channels = to_images(np.zeros(images.shape)).shape[1] if ok else 0
         if self.channels not in (1, 3):
@@ -1224,7 +1224,7 @@ def to_images(observation: np.ndarray) -> np.ndarray:
 def plain_name(game: str) -> str:
     """UpNDown, up_n_down, ALE/UpNDown-v5, UpNDownNoFrameskip-v4: all are upndown."""
     name = game.lower().removeprefix("ale/")
-    name = re.sub(r"(noframeskip|deterministic)?-v\d+$", "", name)
+    name = re.sub(r"(noframeskip|deterministic)?-v[045]$", "", name)
     return re.sub(r"[^a-z0-9]", "", name)
 
 def make_envs(game: str, num_envs: int = 1, seed: int = 0, *, action_repeat: int = 4,
@@ -1263,9 +1263,8 @@ def make_envs(game: str, num_envs: int = 1, seed: int = 0, *, action_repeat: int
     try:
         envs = Envs(gymnasium.vector.SyncVectorEnv([make_one] * num_envs), seed)
     except (gymnasium.error.Error, ImportError) as error:
-        names = {plain_name(n): n for n in ("Catch", *gymnasium.registry)}
-        names |= {k: rom.title().replace("_", "") for k, rom in roms.items()}
-        near = [names[k] for k in difflib.get_close_matches(plain_name(game), names)]
+        known = dict.fromkeys(["catch", *roms, *map(plain_name, gymnasium.registry)])
+        near = difflib.get_close_matches(plain_name(game), known)
         reason = str(error).partition("\n")[0] + f" (near: {', '.join(near) or 'none'})"
         raise UsageError(f"--game {game} cannot be played: {reason}") from None
     envs.frames_per_step = action_repeat if envs.continuous else 1
@@ -1434,6 +1433,7 @@ def load_agent(config: Config):
     counters = dict(steps=0, episodes=0, time=0)
     if (path := Path(config.logdir, "checkpoint.pt")).exists():
         counters = load_checkpoint(path, agent)
+        torch.manual_seed(hash((config.seed, counters["steps"])))  # not the same noise
     how = "CUDA graphs" if isinstance(agent.decide, CudaGraph) else "no CUDA graphs"
     print(f"{config.game}, preset {config.preset}, rho {agent.schedule[0, 0]:g},"
           f" {agent.precision} on {device}, {how}{', compiled' * config.compile}, torch"
@@ -1455,10 +1455,11 @@ def train(config: Config) -> dict | None:
             other, begin = Agent(config, *shapes), time.time()
             other.train_step(five)
         cost = (time.time() - begin) * config.batch_size / 5
-        print(f"No CUDA device: a gradient step takes {cost:.1f} s; see --preset small")
+        print(f"No CUDA device used: {cost:.1f} s a gradient step; see --preset small")
     replay = Replay(Path(config.logdir, "replay"), config.replay_capacity,
                     num_envs=config.num_envs, image_shape=(envs.channels, 64, 64),
                     action_dim=envs.num_actions, seed=envs.seed)
+    envs.seed += int(replay.written[0])  # a kill undoes decisions, not their rows
     print(f"replay: {replay.rows.nbytes / 1e9:.2f} GB on disk for"
           f" {config.replay_capacity:,} rows, {len(replay):,} filled")
     Path(config.logdir, "config.json").write_text(json.dumps(vars(config), indent=1))
@@ -1475,15 +1476,15 @@ def learn(config, agent: Agent, envs: Envs, replay: Replay, counters) -> dict | 
         file.truncate(min(file.tell(), counters.get("log_bytes", file.tell())))
     replay.add(*(row := envs.reset()))
     bar = tqdm(total=config.steps, initial=counters["steps"], unit="step", miniters=1)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda n, _: (
-            stop.append(n), signal.signal(n, signal.default_int_handler)))
 
     def draw() -> dict[str, Tensor]:
         return upload(replay.sample(config.batch_size, config.seq_len), agent.device)
 
     def due(every: int) -> bool:
         return steps // every > before // every or steps >= config.steps
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda n, frame: (
+            signal.default_int_handler(n, frame) if stop else stop.append(n)))
     while not ending:
         before = counters["steps"]
         prefilling = before < config.prefill_steps
@@ -1509,7 +1510,7 @@ def learn(config, agent: Agent, envs: Envs, replay: Replay, counters) -> dict | 
             score, length = evaluate(agent, make_game(config, 1, steps, 1),
                                      config.eval_episodes).mean(0).tolist()
             scores = dict(eval_return=score, eval_length=length)
-        if due(config.log_every_steps) and metrics.count:
+        if metrics.count and (ending or due(config.log_every_steps)):
             line = metrics.write(
                 step=steps, frames=steps * frames, updates=agent.updates,
                 episodes=counters["episodes"], wall_time_s=counters["time"], **scores)

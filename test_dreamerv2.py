@@ -1581,6 +1581,18 @@ DOT = ("--action-repeat", 1, "--no-reward-tanh", "--no-discount-head", "--entrop
        1e-3, "--steps", 8000, "--eval-episodes", 20)
 
 
+class Whole(Colours):
+    action_space = gymnasium.spaces.Box(0, 10, (2,), np.int32)
+
+
+class Nothing(Colours):
+    action_space = gymnasium.spaces.Box(np.float32([0, 0]), np.float32([1, 0]))
+
+
+gymnasium.register("Whole-v0", Whole)
+gymnasium.register("Nothing-v0", Nothing)
+
+
 class Offset(Colours):
     action_space = gymnasium.spaces.Discrete(2, start=1)
 
@@ -1589,7 +1601,7 @@ gymnasium.register("Offset-v0", Offset)
 
 
 @pytest.mark.parametrize("game", ["Offset-v0", "CartPole-v1", "Pendulum-v1", "Endless-v0",
-                                  "Square-v0", "Words-v0"])
+                                  "Square-v0", "Words-v0", "Whole-v0", "Nothing-v0"])
 def test_games_that_cannot_be_played_say_why(game):
     with pytest.raises(d.UsageError, match="--game needs"):
         d.make_envs(game)
@@ -1756,6 +1768,37 @@ def test_a_torn_line_of_metrics_is_written_again(tmp_path):
     assert after[:len(before)] == before and [r["step"] for r in after] == [400, 600, 800]
 
 
+def test_two_resumed_learners_are_bit_identical(tmp_path):
+    """The losses of 50 updates; and their noise is not the beginning's."""
+    flags = ("--game", "Catch", "--preset", "debug", "--log-every-steps", 4)
+    assert run(*flags, "--logdir", tmp_path / "a", "--steps", 400) == 0
+    assert torch.initial_seed() == 0
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    for name in "ab":
+        assert run(*flags, "--logdir", tmp_path / name, "--steps", 600) == 0
+        assert torch.initial_seed() != 0
+    a, b = ([{k: v for k, v in row.items() if "_per_s" not in k and "time" not in k}
+             for row in lines(tmp_path / name)] for name in "ab")
+    assert a == b and len(a) == 100 and a[49]["step"] == 400 and a[-1]["updates"] == 100
+    assert len({row["model_loss"] for row in a}) == 100
+
+
+def test_a_resumed_run_plays_other_episodes_than_those_that_a_kill_undid(
+        tmp_path, monkeypatch):
+    """From one checkpoint twice, with rows of a first try in the replay: other seeds."""
+    seeds, real = [], d.Envs.reset
+    monkeypatch.setattr(d.Envs, "reset", lambda self: (
+        seeds.append(self.seed), real(self))[1])
+    flags = ("--game", "Catch", "--preset", "debug", "--logdir", tmp_path,
+             "--eval-episodes", 0)
+    assert run(*flags, "--steps", 300) == 0
+    checkpoint = (tmp_path / "checkpoint.pt").read_bytes()
+    for _ in range(2):
+        (tmp_path / "checkpoint.pt").write_bytes(checkpoint)
+        assert run(*flags, "--steps", 400) == 0
+    assert len(seeds) == len(set(seeds)) == 3
+
+
 def test_counters_with_several_environments(tmp_path):
     assert run("--game", "Catch", "--preset", "debug", "--logdir", tmp_path,
                "--num-envs", 3, "--steps", 650) == 0
@@ -1828,7 +1871,7 @@ def test_help_names_every_flag_with_its_default(capsys):
 
 
 BAD = [  # flags, and what the one line must name
-    (["--game", "Brekout"], "Breakout"), (["--game", "Cach"], "Catch"),
+    (["--game", "Brekout"], "Breakout"), (["--game", "Cach"], "near: catch"),
     (["--game", "CartPole-v1"], "images"), (["--game", "combat"], "--game"),
     (["--game", "Pendulum-v1"], "images"), (["--preset", "smal"], "small"),
     (["--steps", "0"], "--steps"), (["--steps", "1.5"], "--steps"),
@@ -2450,6 +2493,7 @@ def test_normalized_score_by_hand():
     assert two["gamer median"] == two["gamer mean"] == pytest.approx(1)
     assert two["record mean"] == two["clipped record mean"] == pytest.approx(24 / 99.9 / 2)
     assert all(d.make_envs(game).frames_per_step == 4 for game in ("jamesbond", "yarsrevenge"))
+    assert d.plain_name("CarRacing-v2") != d.plain_name("CarRacing-v3")  # two games
     from ale_py.roms import get_all_rom_ids
     assert set(d.REFERENCE) <= {d.plain_name(rom) for rom in get_all_rom_ids()}
 
