@@ -2717,12 +2717,16 @@ def test_only_the_five_packages_are_imported():
             assert {m.split(".")[0] for m in modules} <= allowed
 
 
-def test_readme_snippets_run_and_its_tables_are_complete():
+def test_readme_snippets_run_and_its_tables_are_complete(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run("--game", "Catch", "--preset", "debug", "--logdir", "runs/catch-small-seed0",
+               "--steps", 220) == 0
     readme = (HERE / "README.md").read_text(encoding="utf-8")
     snippets = re.findall(r"```python\n(.*?)```", readme, re.S)
-    assert snippets
+    assert len(snippets) == 2
     for code in snippets:
         exec(code, {})
+    assert re.search(r"\[\[-?1\.0, 7\.0\]\]\n$", capsys.readouterr().out)
     copy_table = readme[readme.index("## Copy"):readme.index("## Departures")]
     for name in PIECES.keys() - {"State"}:
         assert f"`{name}`" in copy_table, name
