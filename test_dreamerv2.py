@@ -38,6 +38,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import dreamerv2 as d
@@ -936,6 +937,27 @@ def test_policies_check_nothing():
         policy.log_prob(torch.zeros(2, 4 if isinstance(policy, d.OneHot) else 2))
 
 
+@pytest.mark.parametrize("settings, continuous", [
+    ({}, False), (dict(discrete_latents=False), False), (dict(reinforce_mix=0.5), False),
+    ({}, True)])
+def test_a_step_and_a_decision_read_no_number_back(settings, continuous):
+    """Each .item(), bool() or nonzero() would wait for the GPU, and end a recording."""
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            assert op not in (torch.ops.aten._local_scalar_dense.default,
+                              torch.ops.aten.nonzero.default), "a number is read back"
+            return op(*args, **(kwargs or {}))
+
+    agent, batch = d.Agent(d.Config(**{**DEBUG, **settings}), 3, continuous=continuous), \
+        random_batch()
+    agent.train_step(batch)
+    with Watch():
+        agent.gradient_step(batch, dynamics=True)
+        agent.act(batch["image"][0], batch["is_first"][0])
+        with pytest.raises(AssertionError, match="read back"):
+            bool(torch.ones(1))
+
+
 def test_one_hot_policy_by_hand():
     policy = d.OneHot(torch.tensor([[0.0, math.log(3.0)]]))
     assert policy.mode.tolist() == [[0, 1]]
@@ -984,10 +1006,13 @@ def test_truncated_normal_samples_carry_gradients():
 
 @pytest.mark.parametrize("uniform", [torch.zeros_like, torch.ones_like])
 def test_truncated_normal_never_leaves_its_bounds(uniform, monkeypatch):
-    """Not by a rounding: Envs.send refuses 1.0000001."""
+    """Not by a rounding: Envs.send refuses 1.0000001. And even there gradients are finite."""
     params = 4 * torch.randn(20_000, 2, generator=torch.Generator().manual_seed(0))
     monkeypatch.setattr(torch, "rand_like", uniform)
-    assert d.TruncatedNormal(params).rsample().abs().max() <= 1
+    action = d.TruncatedNormal(params.requires_grad_()).rsample()
+    assert action.abs().max() <= 1
+    action.sum().backward()
+    assert params.grad.isfinite().all()
 
 
 def test_the_action_inside_log_prob_is_a_constant(monkeypatch):
