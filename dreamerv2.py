@@ -78,19 +78,21 @@ DEPARTURES from paper or code; the flag that switches each or the test that hold
 from __future__ import annotations
 
 import argparse
-import collections
+import contextlib
 import copy
 import dataclasses
 import difflib
-import functools
 import inspect
+import io
 import json
 import math
 import os
 import re
 import signal
+import sqlite3
 import sys
 import time
+import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -181,7 +183,9 @@ class Config:
     log_every_steps: int = 2_500  # decisions between lines of metrics.jsonl
     eval_every_steps: int = 100_000  # decisions between evaluations
     eval_episodes: int = 1  # episodes of an evaluation, 0: none; authors' code: 1
-    checkpoint_every_steps: int = 10_000  # decisions between checkpoints
+    checkpoint_every_steps: int = 100_000  # decisions between checkpoints
+    checkpoint_minutes: float = 1.0  # the most minutes between them
+    resume: str = "latest"  # latest | previous: the checkpoint to go on from
 
 # A preset is a set of values that differ from the paper's; flags override both.
 PRESETS = {
@@ -674,8 +678,8 @@ class WorldModel(nn.Module):
                 + kl_scale * kl_loss)
         with torch.no_grad():
             metrics = dict(
-                model_loss=loss, image_loss=image_loss, reward_loss=reward_loss,
-                discount_loss=discount_loss, kl=kl.mean(),
+                image_loss=image_loss, reward_loss=reward_loss,
+                discount_loss=discount_loss, kl=kl.mean(), model_loss=loss,
                 image_mse=F.mse_loss(mean, target),
                 reward_mse=F.mse_loss(reward_mean, reward_target),
                 prior_entropy=self.entropy(prior).flatten(2).sum(2).mean(),
@@ -848,11 +852,11 @@ class CudaGraph:
     plays. Inputs are copied in, outputs out."""
     def __init__(self, function):
         self.function, self.stream = function, torch.cuda.Stream()
-        self.calls, self.graphs = collections.Counter(), {}
+        self.calls, self.graphs = {}, {}
 
     def __call__(self, inputs: dict[str, Tensor], **options) -> dict[str, Tensor]:
         key = (*options.items(), *((k, v.shape) for k, v in inputs.items()))
-        self.calls[key] += 1
+        self.calls[key] = self.calls.get(key, 0) + 1
         if self.calls[key] <= 3:
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
@@ -1035,7 +1039,7 @@ class Row(NamedTuple):
     is_terminal: np.ndarray  # (N,) bool
 
 class Replay:
-    """A ring of rows for each environment, in one memory-mapped .npy file.
+    """A ring of rows for each environment, in a memory-mapped .npy file.
     `capacity` counts rows over all environments. The oldest row is overwritten first,
     one by one (FIFO), not episode by episode. Opening a directory that holds a replay
     of the same layout goes on with it; another layout raises UsageError.
@@ -1050,7 +1054,7 @@ class Replay:
     """
     def __init__(self, directory, capacity: int, *, num_envs: int = 1,
                  image_shape=(1, 64, 64), action_dim: int = 18, seed: int = 0):
-        layout = np.dtype([
+        dtype = np.dtype([
             ("image", np.uint8, image_shape), ("action", np.float32, (action_dim,)),
             ("reward", np.float32), ("is_first", bool), ("is_terminal", bool)])
         self.num_envs, self.length = num_envs, capacity // num_envs
@@ -1059,17 +1063,26 @@ class Replay:
         shape = (num_envs, self.slots)
         self.random = np.random.default_rng(seed)
         rows, written = Path(directory, "rows.npy"), Path(directory, "written.npy")
-        if not written.exists():
+        if not rows.exists() and not (written.exists() and np.load(written).any()):
             rows.parent.mkdir(parents=True, exist_ok=True)
-            np.lib.format.open_memmap(rows, "w+", layout, shape)
-            if hasattr(os, "posix_fallocate"):  # a full disk shows now, not in a week
-                with open(rows, "r+b") as file:
-                    os.posix_fallocate(file.fileno(), 0, rows.stat().st_size)
-            np.save(written, np.zeros(1, np.int64))
-        self.rows = np.lib.format.open_memmap(rows, "r+")
-        self.written = np.lib.format.open_memmap(written, "r+")
-        if (self.rows.dtype, self.rows.shape) != (layout, shape):
-            raise UsageError(f"{rows} has another layout; choose another --logdir")
+            new = rows.with_suffix(".new")
+            try:
+                np.lib.format.open_memmap(new, "w+", dtype, shape)
+                if hasattr(os, "posix_fallocate"):  # a full disk shows now
+                    with open(new, "r+b") as file:
+                        os.posix_fallocate(file.fileno(), 0, new.stat().st_size)
+                np.save(written, np.zeros(1, np.int64))
+                os.replace(new, rows)  # last: what is called rows.npy is whole
+            finally:
+                new.unlink(missing_ok=True)  # a full disk must not stay full
+        try:
+            for mode in ("r", "r+"):  # r+ alone would lengthen a file that was cut
+                self.rows, self.written = (np.load(x, mode) for x in (rows, written))
+            if self.rows.dtype != dtype or self.rows.shape != shape or self.written < 0:
+                raise ValueError
+        except Exception as error:  # numpy raises many kinds
+            raise UsageError(f"{rows.parent} has another layout or is damaged, choose"
+                             f" another --logdir ({error!r:.60})") from None
 
     def __len__(self) -> int:
         """Rows that can be sampled, over all environments."""
@@ -1089,8 +1102,7 @@ class Replay:
         written = int(self.written[0])
         oldest = max(0, written - self.length)
         if written - oldest < seq_len:
-            raise UsageError(f"the replay holds {written - oldest} rows of each"
-                             f" environment, and a sequence takes {seq_len}")
+            raise UsageError(f"{written - oldest} rows stored, {seq_len} in a sequence")
         start = self.random.integers(oldest, written - seq_len + 1, batch_size)
         env = self.random.integers(self.num_envs, size=batch_size)
         slots = (start + np.arange(seq_len)[:, None]) % self.slots  # (T, B)
@@ -1199,6 +1211,7 @@ class Envs:
         observation, reward, terminated, truncated, _ = (
             self.vector_env.recv() if hasattr(self.vector_env, "send")
             else self.vector_env.step(self.chosen))
+        assert np.isfinite(reward).all(), "a reward of the game is not finite"
         is_first, self.done = self.done, terminated | truncated
         # Without `played`, a first row would claim that the ignored action led to it.
         played = (~is_first).astype(np.float32)
@@ -1271,97 +1284,63 @@ def make_envs(game: str, num_envs: int = 1, seed: int = 0, *, action_repeat: int
     return envs
 
 # %% Part 11 | Looking
-# In: scalars of every gradient step, scores of every episode. Out: metrics.jsonl, and
-# runs beside the published scores. Predict: why are the scalars summed on the device?
+# In: scalars of every gradient step, scores of every episode. Out: metrics.jsonl.
+# Predict: why are the scalars summed on the device?
 
 class Metrics:
     """Means over a log period, one JSON object a line; the first line's rates count the
     prefill in. `counters` are running totals, with at least updates and frames."""
     def __init__(self, path: Path, **counters):
         self.path, self.before = path, counters | {"time": time.time()}
-        self.sums, self.count, self.episodes = {}, 0, []
+        self.sums, self.count, self.episodes = 0, 0, []
 
     def add(self, metrics: dict[str, Tensor]) -> None:
         """Sum without reading: each read would make the host wait for the GPU."""
-        self.sums = {k: self.sums.get(k, 0) + v for k, v in metrics.items()}
-        self.count += 1
+        self.sums = self.sums + torch.stack([v.float() for v in metrics.values()])
+        self.names, self.count = list(metrics), self.count + 1
+
+    def check(self, update: int) -> None:
+        """FloatingPointError names the first scalar that is not finite. Reads a number,
+        so it waits for a GPU: to be called after what can be done meanwhile."""
+        if not (finite := self.sums.isfinite()).all():
+            name = self.names[finite.int().argmin()]
+            raise FloatingPointError(f"{name} is not finite in update {update}")
 
     def write(self, **counters) -> dict:
         """Append totals, and since the last line rates and means, null without any."""
         now = counters | {"time": time.time()}
         seconds = max(now["time"] - self.before["time"], 1e-9)
-        score, length = np.mean(self.episodes or [[math.nan] * 2], 0).tolist()
+        means = np.mean(self.episodes, 0).tolist() if self.episodes else (None, None)
         line = counters | dict(
-            episode_return=score if self.episodes else None,
-            episode_length=length if self.episodes else None,
+            episode_return=means[0], episode_length=means[1],
             **{f"{k}_per_s": (now[k] - self.before[k]) / seconds
                for k in ("updates", "frames")},
-            **{k: float(v) / self.count for k, v in self.sums.items()})
+            **dict(zip(self.names, (self.sums / self.count).tolist())))
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-        self.before, self.sums, self.count, self.episodes = now, {}, 0, []
+        self.before, self.sums, self.count, self.episodes = now, 0, 0, []
         return line
 
-# The paper's 55 games: raw scores of random play, a human gamer, the human record.
-REFERENCE = {game: dict(zip(("random", "gamer", "record"), map(float, scores)))
-             for game, *scores in map(str.split, """
-    alien 228.8 7127.7 251916; amidar 5.8 1719.5 104159; assault 222.4 742 8647;
-    asterix 210 8503.3 1000000; asteroids 719.1 47388.7 10506650;
-    atlantis 12850 29028.1 10604840; bankheist 14.2 753.1 82058;
-    battlezone 2360 37187.5 801000; beamrider 363.9 16926.5 999999;
-    berzerk 123.7 2630.4 1057940; bowling 23.1 160.7 300; boxing 0.1 12.1 100;
-    breakout 1.7 30.5 864; centipede 2090.9 12017 1301709;
-    choppercommand 811 7387.8 999999; crazyclimber 10780.5 35829.4 219900;
-    demonattack 152.1 1971 1556345; doubledunk -18.6 -16.4 22; enduro 0 860.5 9500;
-    fishingderby -91.7 -38.7 71; freeway 0 29.6 38; frostbite 65.2 4334.7 454830;
-    gopher 257.6 2412.5 355040; gravitar 173 3351.4 162850; hero 1027 30826.4 1000000;
-    icehockey -11.2 0.9 36; jamesbond 7 29 45550; kangaroo 52 3035 1424600;
-    krull 1598 2665.5 104100; kungfumaster 258.5 22736.3 1000000;
-    montezumarevenge 0 4753.3 1219200; mspacman 307.3 6951.6 290090;
-    namethisgame 2292.3 8049 25220; phoenix 761.4 7242.6 4014440;
-    pitfall -229.4 6463.7 114000; pong -20.7 14.6 21; privateeye 24.9 69571.3 101800;
-    qbert 163.9 13455 2400000; riverraid 1338.5 17118 1000000;
-    roadrunner 11.5 7845 2038100; robotank 2.2 11.9 76; seaquest 68.4 42054.7 999999;
-    skiing -17098.1 -4336.9 -3272; solaris 1236.3 12326.7 111420;
-    spaceinvaders 148 1668.7 621535; stargunner 664 10250 77400; tennis -23.8 -8.3 21;
-    timepilot 3568 5229.2 65300; tutankham 11.4 167.6 5384; upndown 533.4 11693.2 82840;
-    venture 0 1187.5 38900; videopinball 16256.9 17667.9 89218328;
-    wizardofwor 563.5 4756.5 395300; yarsrevenge 3092.9 54576.9 15000105;
-    zaxxon 32.5 9173.3 83700
-    """.split(";"))}
-
-def normalized_score(game: str, score: float, reference: str) -> float:
-    """A raw score on the way from random play, 0, to a reference, 1: "gamer" (a human)
-    or "record" (the human world record). KeyError for a game that is none of the 55.
-    >>> [normalized_score("Boxing", score, "record") for score in (0.1, 100)]
-    [0.0, 1.0]
-    """
-    row = REFERENCE[plain_name(game)]
-    return (score - row["random"]) / (row[reference] - row["random"])
-
-def summarize_scores(scores: dict[str, float]) -> dict[str, float]:
-    """The paper's four summaries of {game: raw score}. It recommends the last: one game
-    (James Bond) makes most of a gamer mean, and a median is deaf to half of the games.
-    >>> summarize_scores({"Pong": 21.0, "Freeway": 38.0})["clipped record mean"]
-    1.0
-    """
-    gamer, record = (np.array([normalized_score(game, score, reference)
-                               for game, score in scores.items()])
-                     for reference in ("gamer", "record"))
-    return {"gamer median": float(np.median(gamer)), "gamer mean": float(gamer.mean()),
-            "record mean": float(record.mean()),
-            "clipped record mean": float(record.clip(max=1).mean())}
+def __getattr__(name: str):
+    """What measures is in test_dreamerv2.py, and is found here: these five names."""
+    if name not in "benchmark play scores normalized_score summarize_scores".split():
+        raise AttributeError(name)
+    sys.modules.setdefault("dreamerv2", sys.modules[__name__])  # that file imports this
+    import test_dreamerv2
+    return getattr(test_dreamerv2, name)
 
 # %% Part 12 | Running
 # Playing, training, evaluating, saving. In: flags. Out: a run's folder, exit status.
 # Predict: a run is killed between two checkpoints. How many updates does it owe then?
 
+NOISE = dict(cpu=torch, cuda=torch.cuda, mps=torch.mps)  # whose get_rng_state it is
+
 def upload(arrays: dict, device: torch.device) -> dict[str, Tensor]:
     """To the device; to a GPU from pinned memory, so that the host need not wait."""
+    pin = device.type == "cuda"
     tensors = {name: torch.as_tensor(value) for name, value in arrays.items()}
-    if device.type != "cuda":
-        return {k: v.to(device) for k, v in tensors.items()}
-    return {k: v.pin_memory().to(device, non_blocking=True) for k, v in tensors.items()}
+    return {name: (value.pin_memory() if pin else value).to(device, non_blocking=pin)
+            for name, value in tensors.items()}
 
 def choose(agent: Agent | None, envs: Envs, row: Row, memory, greedy: bool = False):
     """What to do after a row, at random if agent is None: actions (N, A), memory."""
@@ -1381,26 +1360,58 @@ def evaluate(agent: Agent, envs: Envs, episodes: int) -> np.ndarray:
         ended += envs.ended
     return np.array(ended[:episodes])
 
-def save_checkpoint(path: Path, agent: Agent, counters: dict) -> None:
-    """Write beside and rename over: whoever looks sees a whole file, old or new."""
-    torch.save(dict(
-        agent=agent.state_dict(), updates=agent.updates, counters=counters,
-        adam={k: o.adam.state_dict()["state"] for k, o in agent.optimizers.items()},
-        version=__version__), path.with_suffix(".tmp"))
-    os.replace(path.with_suffix(".tmp"), path)
+def write_whole(path: Path, data, keep: Path | None = None) -> None:
+    """Write beside, then rename over: at any instant there is a whole file, the old one
+    or the new. `keep` is the name that the old one gets."""
+    beside = path.with_name("new.tmp")
+    with open(beside, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())  # should the power fail
+    if keep and path.exists():
+        os.replace(path, keep)
+    os.replace(beside, path)
 
-def load_checkpoint(path: Path, agent: Agent) -> dict:
-    """Restore the agent in place; returns the counters."""
+def save_checkpoint(config, agent: Agent, replay: Replay, counters, keep="previous.pt"):
+    """All that a run is but its replay, which keeps itself. `keep`: see write_whole."""
+    folder, device, data = Path(config.logdir), agent.device.type, io.BytesIO()
+    log_bytes = (folder / "metrics.jsonl").stat().st_size
+    torch.save(dict(
+        format=1, version=__version__, config=vars(config), agent=agent.state_dict(),
+        counters=counters | dict(updates=agent.updates, log_bytes=log_bytes),
+        adam={k: o.adam.state_dict()["state"] for k, o in agent.optimizers.items()},
+        noise={device: NOISE[device].get_rng_state()},
+        sampling=replay.random.bit_generator.state), data)
+    write_whole(folder / "checkpoint.pt", data.getbuffer(), folder / keep)
+
+def load_checkpoint(config: Config, agent: Agent) -> dict | None:
+    """Restore agent and noise in place; the whole checkpoint, or None without one."""
+    print(f"{config.game}, preset {config.preset}, {agent.precision} on {agent.device},"
+          f" rho {agent.schedule[0, 0]:g}, graphs: {type(agent.decide) is CudaGraph}")
+    path = Path(config.logdir, "checkpoint.pt")
+    if config.resume == "previous" or not path.exists():  # killed between two renames
+        path = path.with_name("previous.pt")
+    if not path.exists():
+        return None
     try:
+        if damaged := zipfile.ZipFile(path).testzip():  # torch does not look
+            raise ValueError(f"{damaged} is damaged")
         saved = torch.load(path, map_location="cpu", weights_only=True)
+        if saved["format"] != 1:
+            raise ValueError(f"format {saved['format']}, this file reads 1")
         agent.load_state_dict(saved["agent"])
         for name, optimizer in agent.optimizers.items():
             new = optimizer.adam.state_dict()  # its settings fit this device
             optimizer.adam.load_state_dict(new | dict(state=saved["adam"][name]))
-        agent.updates = saved["updates"]
-        return saved["counters"]
+        agent.updates = saved["counters"]["updates"]
+        for device in {agent.device.type} & set(saved["noise"]):  # not another's
+            NOISE[device].set_rng_state(saved["noise"][device])
     except Exception as error:  # torch raises many kinds, all mean the same
-        raise UsageError(f"{path} is no usable checkpoint: {error!r:.60}") from None
+        raise UsageError(f"{path} is no usable checkpoint ({error!r:.60}); --resume"
+                         " previous or latest takes the other") from None
+    print(f"{path} of {time.ctime(path.stat().st_mtime)}:", "{steps:,} decisions,"
+          " {updates:,} updates, {episodes:,} episodes".format(**saved["counters"]))
+    return saved
 
 def pick_device(config: Config) -> torch.device:
     """The device of --device, set up for --precision; UsageError names those here."""
@@ -1418,69 +1429,82 @@ def pick_device(config: Config) -> torch.device:
     return torch.device(name)
 
 def make_game(config: Config, num_envs: int, *key: int) -> Envs:
-    """The config's game and rules. `key`, decisions so far and the purpose's number,
-    makes a seed of its own: no part of a run plays another's episodes again."""
+    """The game; `key` makes its seed: decisions, then 0 train, 1 evaluate, 2 play."""
     seed = int(np.random.default_rng((config.seed, *key)).integers(2 ** 30))
     rules = ("action_repeat", "sticky", "noops", "time_limit", "full_action_space")
     return make_envs(config.game, num_envs, seed,
                      **{rule: getattr(config, rule) for rule in rules})
 
-def load_agent(config: Config):
-    """Agent, counters: from the last checkpoint, or new where there is none."""
+def new_agent(config: Config) -> Agent:
+    """An agent for the config's game and device."""
     device, envs = pick_device(config), make_game(config, 1)
     torch.manual_seed(config.seed)
-    agent = Agent(config, envs.num_actions, envs.channels, device, envs.continuous)
-    counters = dict(steps=0, episodes=0, time=0)
-    if (path := Path(config.logdir, "checkpoint.pt")).exists():
-        counters = load_checkpoint(path, agent)
-        torch.manual_seed(hash((config.seed, counters["steps"])))  # not the same noise
-    how = "CUDA graphs" if isinstance(agent.decide, CudaGraph) else "no CUDA graphs"
-    print(f"{config.game}, preset {config.preset}, rho {agent.schedule[0, 0]:g},"
-          f" {agent.precision} on {device}, {how}{', compiled' * config.compile}, torch"
-          f" {torch.__version__}, {torch.get_num_threads()} threads; {config.logdir}:"
-          f" {counters['steps']:,} decisions, {agent.updates} updates")
-    return agent, counters
+    return Agent(config, envs.num_actions, envs.channels, device, envs.continuous)
 
-def train(config: Config) -> dict | None:
-    """Play, remember, learn; goes on where the folder's last checkpoint stopped."""
-    agent, counters = load_agent(config)
+def train(config: Config) -> None:
+    """Train; one process a folder: the system frees its lock, however it ends."""
+    if pick_device(config).type == "cpu" and config.preset not in ("small", "debug"):
+        five = {k: torch.from_numpy(v).expand(config.seq_len, *v.shape)
+                for k, v in make_game(config, 5).reset()._asdict().items()}
+        agent, begin = new_agent(config), time.time()
+        agent.train_step(five)  # a trial of 5 sequences
+        cost = (time.time() - begin) * config.batch_size / 5
+        print(f"No CUDA device used: {cost:.1f} s a gradient step; see --preset small")
+    agent, folder = new_agent(config), Path(config.logdir)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with contextlib.closing(sqlite3.connect(folder / "lock", timeout=0)) as lock:
+            lock.execute("BEGIN EXCLUSIVE")
+            go_on(config, agent)
+    except sqlite3.OperationalError as error:
+        raise UsageError(f"{folder} is in use, or not writable: {error}") from None
+
+def go_on(config: Config, agent: Agent) -> None:
+    """Begin, or go on from a checkpoint; games and batch in hand are taken anew."""
+    folder, saved = Path(config.logdir), load_checkpoint(config, agent)
+    counters = saved["counters"] if saved else dict(steps=0, episodes=0, time=0)
+    if counters["steps"] >= config.steps + config.num_envs:
+        raise UsageError(f"--steps {config.steps}: the run has {counters['steps']}")
     if counters["steps"] >= config.steps:
         return print("nothing left to do: a larger --steps goes on")
     envs = make_game(config, config.num_envs, counters["steps"], 0)
-    if agent.device.type == "cpu" and config.preset not in ("small", "debug"):
-        five = {k: torch.from_numpy(v[:1]).expand(config.seq_len, 5, *v.shape[1:])
-                for k, v in envs.reset()._asdict().items()}
-        with torch.random.fork_rng():  # the run's random numbers stay as they are
-            shapes = (envs.num_actions, envs.channels, "cpu", envs.continuous)
-            other, begin = Agent(config, *shapes), time.time()
-            other.train_step(five)
-        cost = (time.time() - begin) * config.batch_size / 5
-        print(f"No CUDA device used: {cost:.1f} s a gradient step; see --preset small")
-    replay = Replay(Path(config.logdir, "replay"), config.replay_capacity,
-                    num_envs=config.num_envs, image_shape=(envs.channels, 64, 64),
-                    action_dim=envs.num_actions, seed=envs.seed)
-    envs.seed += int(replay.written[0])  # a kill undoes decisions, not their rows
+    replay = Replay(folder / "replay", config.replay_capacity, num_envs=config.num_envs,
+                    image_shape=(envs.channels, 64, 64), action_dim=envs.num_actions,
+                    seed=envs.seed)
+    if len(replay) and not saved or counters["steps"] and not len(replay):
+        raise UsageError(f"{folder}: replay and checkpoint.pt do not belong together")
+    envs.seed += int(replay.written[0])  # not again the episodes that a kill undid
     print(f"replay: {replay.rows.nbytes / 1e9:.2f} GB on disk for"
           f" {config.replay_capacity:,} rows, {len(replay):,} filled")
-    Path(config.logdir, "config.json").write_text(json.dumps(vars(config), indent=1))
-    return learn(config, agent, envs, replay, counters)
+    config.resume = "latest"  # it was for this once
+    write_whole(folder / "config.json", json.dumps(vars(config), indent=1).encode())
+    with open(folder / "metrics.jsonl", "ab") as file:  # newer lines come once more
+        file.truncate(min(file.tell(), counters.get("log_bytes", file.tell())))
+    if saved:
+        replay.random.bit_generator.state = saved["sampling"]
+    save_checkpoint(config, agent, replay, counters, keep="checkpoint.pt")
+    try:
+        learn(config, agent, envs, replay, counters)
+    except (OSError, FloatingPointError) as error:
+        sys.exit(f"\ndreamerv2.py: {error}; {folder / 'checkpoint.pt'} is good")
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
-def learn(config, agent: Agent, envs: Envs, replay: Replay, counters) -> dict | None:
+def learn(config, agent: Agent, envs: Envs, replay: Replay, counters: dict) -> None:
     """The loop: every decision makes a row, every few decisions a gradient step. Ctrl-C
     or SIGTERM ends it after the step in hand, with a checkpoint; a second, at once."""
     frames, start = envs.frames_per_step, time.time() - counters["time"]
     metrics = Metrics(Path(config.logdir, "metrics.jsonl"), updates=agent.updates,
                       frames=counters["steps"] * frames)
-    memory, batch, line, scores, stop, ending = None, None, None, {}, [], False
-    with open(metrics.path, "ab") as file:  # lines after the checkpoint come once more
-        file.truncate(min(file.tell(), counters.get("log_bytes", file.tell())))
+    memory, batch, scores, stop, ending, last = None, None, {}, [], False, time.time()
     replay.add(*(row := envs.reset()))
     bar = tqdm(total=config.steps, initial=counters["steps"], unit="step", miniters=1)
 
     def draw() -> dict[str, Tensor]:
         return upload(replay.sample(config.batch_size, config.seq_len), agent.device)
 
-    def due(every: int) -> bool:
+    def due(every: int) -> bool:  # all is due at the end
         return steps // every > before // every or steps >= config.steps
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda n, frame: (
@@ -1499,17 +1523,16 @@ def learn(config, agent: Agent, envs: Envs, replay: Replay, counters) -> dict | 
         for _ in range(owed):
             metrics.add(agent.train_step(batch or draw(), steps))
             batch = draw()
-        row = envs.receive()
-        replay.add(*row)
+            metrics.check(agent.updates)
+        replay.add(*(row := envs.receive()))
         metrics.episodes += envs.ended
         counters.update(steps=steps, episodes=counters["episodes"] + len(envs.ended),
                         time=time.time() - start)
         bar.update(steps - before)
         ending = bool(stop) or steps >= config.steps
         if due(config.eval_every_steps) and agent.updates and config.eval_episodes:
-            score, length = evaluate(agent, make_game(config, 1, steps, 1),
-                                     config.eval_episodes).mean(0).tolist()
-            scores = dict(eval_return=score, eval_length=length)
+            ends = evaluate(agent, make_game(config, 1, steps, 1), config.eval_episodes)
+            scores = dict(zip(("eval_return", "eval_length"), ends.mean(0).tolist()))
         if metrics.count and (ending or due(config.log_every_steps)):
             line = metrics.write(
                 step=steps, frames=steps * frames, updates=agent.updates,
@@ -1517,33 +1540,13 @@ def learn(config, agent: Agent, envs: Envs, replay: Replay, counters) -> dict | 
             scores = {}
             bar.set_postfix({k: line[k] for k in (
                 "frames", "episode_return", "updates_per_s")})
-        if due(config.checkpoint_every_steps) or ending:
-            counters["log_bytes"] = metrics.path.stat().st_size
-            save_checkpoint(Path(config.logdir, "checkpoint.pt"), agent, counters)
+        late = time.time() - last > 60 * config.checkpoint_minutes
+        if ending or late or due(config.checkpoint_every_steps):
+            save_checkpoint(config, agent, replay, counters)
+            last = time.time()
     bar.close()
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if stop:
         raise KeyboardInterrupt(*stop)
-    return line
-
-def play(config: Config) -> None:
-    """--eval: whole episodes with the agent of the run's folder; nothing is written."""
-    if not Path(config.logdir, "checkpoint.pt").exists():
-        raise UsageError(f"--eval: there is no checkpoint.pt in {config.logdir}")
-    agent, counters = load_agent(config)
-    envs = make_game(config, 1, counters["steps"], 2)
-    score, length = evaluate(agent, envs, config.eval_episodes).T
-    print(f"episodes: {len(score)}, mean score {score.mean():.2f}, median"
-          f" {np.median(score):.2f}, standard deviation {score.std():.2f},"
-          f" mean length {length.mean():.1f} decisions")
-
-def measure(name: str, argument) -> None:
-    """--benchmark and --scores live in test_dreamerv2.py, with the published scores:
-    they measure, and are no part of the algorithm."""
-    sys.modules.setdefault("dreamerv2", sys.modules[__name__])  # that file imports this
-    import test_dreamerv2
-    getattr(test_dreamerv2, name)(argument)
 
 def flag(name: str) -> str:
     """The flag of a field: kl_scale -> --kl-scale."""
@@ -1560,13 +1563,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.error = error
     parser.set_defaults(command=train)
     add, group = parser.add_mutually_exclusive_group().add_argument, parser
-    add("--eval", dest="command", action="store_const", const=play,
-        help="play with the trained agent instead of training")
-    add("--benchmark", dest="command", action="store_const",
-        const=functools.partial(measure, "benchmark"), help="measure speed")
-    add("--scores", dest="command", metavar="FOLDER",
-        type=lambda folder: lambda config: measure("scores", folder),
-        help="finished runs beside the published scores")
+    add("--eval", dest="command", action="store_const", help="play with the agent",
+        const=lambda config: __getattr__("play")(config))
+    add("--benchmark", dest="command", action="store_const", help="measure speed",
+        const=lambda config: __getattr__("benchmark")(config))
+    add("--scores", dest="command", metavar="FOLDER", help="scores of finished runs",
+        type=lambda folder: lambda config: __getattr__("scores")(folder))
+    choices = dict(preset=PRESETS, resume=("latest", "previous"))
     for line in inspect.getsource(Config).splitlines():
         if title := re.fullmatch(r"    # (.+)", line):
             group = parser.add_argument_group(title[1])
@@ -1574,22 +1577,23 @@ def build_parser() -> argparse.ArgumentParser:
             kind = {"int": dict(type=int, metavar="N"), "str": dict(metavar="NAME"),
                     "float": dict(type=float, metavar="X"),
                     "bool": dict(action=argparse.BooleanOptionalAction)}[field[2]]
-            group.add_argument(flag(field[1]), default=argparse.SUPPRESS, **kind,
-                               help=f"{field[4]} (default: {field[3]})")
+            group.add_argument(
+                flag(field[1]), default=argparse.SUPPRESS, **kind,
+                choices=choices.get(field[1]), help=f"{field[4]} (default: {field[3]})")
     return parser
 
 def check(config: Config) -> None:
-    """UsageError names the first flag whose value cannot work."""
+    """UsageError names the first flag whose value is out of range."""
     rows = config.num_envs * config.seq_len  # a sequence for each environment
-    share, weight, count = (0, 1), (0, 1e9), (0, 10 ** 12)
+    share, size, count = (0, 1), (0, 1e9), (0, 10 ** 12)
     limits = dict(  # ends included; others: whole numbers from 1, fractions from 1e-12
         seed=(0, 2 ** 30), noops=(1, 200), num_envs=(1, 1024), num_classes=(2, 10 ** 6),
         horizon=(1 + config.shifted_advantage, 10 ** 6), weight_decay=(0, 0.1),
-        prefill_steps=(rows, 10 ** 12), replay_capacity=(rows, 10 ** 12),
-        eval_episodes=count, anneal_steps=count, sticky=share, gamma=share,
-        return_lambda=share, kl_balance=share, reinforce_mix=share,
-        reinforce_mix_end=share, kl_scale=weight, free_nats=weight,
-        discount_scale=weight, entropy_scale=weight, entropy_scale_end=weight)
+        prefill_steps=(rows, 10 ** 12), replay_capacity=(rows, 10 ** 9),
+        time_limit=(1, 10 ** 6), action_repeat=(1, 100), anneal_steps=count,
+        eval_episodes=count, sticky=share, gamma=share, return_lambda=share,
+        kl_balance=share, reinforce_mix=share, reinforce_mix_end=share, kl_scale=size,
+        free_nats=size, discount_scale=size, entropy_scale=size, entropy_scale_end=size)
     for name, value in vars(config).items():
         usual = {int: (1, 10 ** 12), float: (1e-12, 1e12)}.get(type(value))
         low, high = limits.get(name, usual or (value, value))  # text, yes, no: any
@@ -1597,9 +1601,8 @@ def check(config: Config) -> None:
             raise UsageError(f"{flag(name)} {value}: must be from {low} to {high}")
 
 # What may change between two commands on one folder: it is not part of the experiment.
-FREE_TO_CHANGE = (
-    "steps", "logdir", "device", "precision", "cuda_graphs", "compile", "eval_episodes",
-    "log_every_steps", "eval_every_steps", "checkpoint_every_steps")
+FREE = """steps logdir device precision cuda_graphs compile resume eval_episodes
+log_every_steps eval_every_steps checkpoint_every_steps checkpoint_minutes""".split()
 
 def parse_config(argv: list[str]):
     """Command line -> checked Config and what to do with it. Flags go over the settings
@@ -1608,14 +1611,13 @@ def parse_config(argv: list[str]):
     command = given.pop("command")
     if "--benchmark" in argv and not torch.cuda.is_available():
         given.setdefault("preset", "small")
-    preset = given.get("preset", "atari")
-    if preset not in PRESETS:
-        raise UsageError(f"--preset {preset} is none of {', '.join(PRESETS)}")
-    config = Config(**(PRESETS[preset] | given))
+    config = Config(**(PRESETS[given.get("preset", "atari")] | given))
     config.logdir = config.logdir or (
         f"runs/{plain_name(config.game)}-{config.preset}-seed{config.seed}")
     path = Path(config.logdir, "config.json")
-    if path.exists() and command in (train, play):
+    if config.resume == "previous" and not path.with_name("previous.pt").exists():
+        raise UsageError(f"--resume previous: no previous.pt in {config.logdir}")
+    if any(path.parent.glob("*.pt")) and (command is train or "--eval" in argv):
         try:
             before = json.loads(path.read_text(encoding="utf-8"))
             if plain_name(config.game) == plain_name(before["game"]):
@@ -1623,14 +1625,12 @@ def parse_config(argv: list[str]):
             config = Config(**(before | given | {"logdir": config.logdir}))
         except (OSError, ValueError, TypeError, KeyError):
             raise UsageError(f"{path} is unusable; choose another --logdir") from None
-        for name in given:
-            if name not in FREE_TO_CHANGE and given[name] != before.get(name):
-                raise UsageError(
-                    f"{flag(name)} {given[name]}: {config.logdir} holds a run with"
-                    f" {before.get(name)}; choose another --logdir")
+        new = {k: f"{flag(k)} {given[k]} (was {before.get(k)})" for k in given
+               if given[k] != before.get(k)}
+        if refused := ", ".join(new[k] for k in new if k not in FREE):
+            raise UsageError(f"{refused}: choose another --logdir than {config.logdir}")
+        print(f"the settings of {config.logdir}", *new.values(), sep=", ")
     check(config)
-    if command is play and not config.eval_episodes:
-        raise UsageError("--eval-episodes 0: --eval has nothing to play")
     return config, command
 
 def main(argv: list[str] | None = None) -> int:
@@ -1639,7 +1639,7 @@ def main(argv: list[str] | None = None) -> int:
         config, command = parse_config(sys.argv[1:] if argv is None else argv)
         command(config)
     except (UsageError, OSError, ImportError) as error:  # OSError: disk or folder
-        print(f"dreamerv2.py: {error}", file=sys.stderr)
+        print("dreamerv2.py:", *str(error).split(), file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
         print("\nstopped; the same command goes on from the last checkpoint")

@@ -7,9 +7,11 @@
                   PARITY_FILE=path runs another file of the same keys; -s prints the errors.
     flow          which loss moves which module
     ablations     every switch of the paper's changes what it names, and nothing else
+    crash safety  kills, damaged files, full disks, numbers that are not finite
     replay, environments, running, scores, learning, the file itself
 
-Below the tests of speed and scores lie what `dreamerv2.py --benchmark` and `--scores` run.
+Below the tests of speed and scores lies what `dreamerv2.py --benchmark`, `--eval` and
+`--scores` run, and the published scores.
 """
 import ast
 import contextlib
@@ -250,7 +252,7 @@ def test_precision():
     metrics = agent.train_step(random_batch())
     tensors = [*agent.state_dict().values(), *metrics.values()]
     assert {x.dtype for x in tensors} == {torch.float32}
-    agent, _ = d.load_agent(d.Config(**DEBUG, game="Catch", device="cpu"))
+    agent = d.new_agent(d.Config(**DEBUG, game="Catch", device="cpu"))
     assert agent.precision == "fp32"  # what auto is on a CPU
 
 
@@ -291,10 +293,10 @@ def test_slow_critic():
 # --------------------------------------------------------------------------- parity
 
 PARITY_FILE = os.environ.get("PARITY_FILE", HERE / ".ci" / "official_mini.npz")
-PARITY = dict(np.load(PARITY_FILE))
+PARITY = dict(np.load(PARITY_FILE)) if Path(PARITY_FILE).exists() else {}
 SIZE = {k[5:]: int(v) for k, v in PARITY.items() if k.startswith("meta/") and v.shape == ()
         and v.dtype.kind == "i"}
-B, T, S, K, D_, Q, U, C, A, H = (SIZE[k] for k in (
+B, T, S, K, D_, Q, U, C, A, H = (SIZE.get(k, 1) for k in (
     "batch", "length", "stoch", "discrete", "deter", "hidden", "units", "cnn_depth",
     "actions", "horizon"))
 RELEASED = d.PRESETS["released"] | dict(
@@ -1266,6 +1268,18 @@ def test_replay_goes_on_where_it_was(tmp_path):
         replay.sample(1, 11)
 
 
+@pytest.mark.parametrize("other", [dict(capacity=9), dict(image_shape=(3, 2, 2)),
+                                   dict(action_dim=3), dict(num_envs=2)])
+def test_a_replay_of_another_layout_is_refused(other, tmp_path):
+    counting_replay(tmp_path, 10, 13)
+    before = contents(tmp_path)
+    same = dict(capacity=10, image_shape=(1, 2, 2), action_dim=2)
+    with pytest.raises(d.UsageError, match="another layout or is damaged"):
+        d.Replay(tmp_path, **same | other)
+    assert contents(tmp_path) == before
+    assert len(d.Replay(tmp_path, **same)) == 10
+
+
 @pytest.mark.parametrize("fields", range(6))
 def test_a_row_torn_by_a_kill_is_never_sampled(fields, tmp_path):
     """Killed after so many of its five fields, in a full ring: the others are whole."""
@@ -1645,7 +1659,13 @@ def test_catch_by_chance():
 # --------------------------------------------------------------------------- running
 
 def run(*flags):
-    return d.main([str(f) for f in flags])
+    try:
+        return d.main(list(map(str, flags)))
+    except SystemExit as stop:  # a run that broke off: its message, status 1
+        if not isinstance(stop.code, str):
+            raise
+        print(stop.code, file=sys.stderr)
+        return 1
 
 
 def lines(logdir):
@@ -1678,7 +1698,8 @@ def test_main_job(tmp_path):
     assert rows[-1]["updates"] == (800 - DEBUG["prefill_steps"]) // 4
     assert "eval_return" in rows[0] and "eval_return" in rows[-1]
     found = {p.name for p in (tmp_path / "run").iterdir()}
-    assert found == {"config.json", "metrics.jsonl", "checkpoint.pt", "replay"}
+    assert found == {"config.json", "metrics.jsonl", "checkpoint.pt", "previous.pt", "lock",
+                     "replay"}
 
 
 def test_run_resumes_without_a_burst(tmp_path, capsys):
@@ -1693,6 +1714,8 @@ def test_run_resumes_without_a_burst(tmp_path, capsys):
     assert [(r["step"], r["updates"]) for r in rows] == [(400, 50), (600, 100)]
     assert run(*flags, "--steps", 600) == 0  # already done
     assert "nothing left to do" in capsys.readouterr().out
+    assert run(*flags, "--steps", 500) == 2
+    assert "--steps 500: the run has 600" in capsys.readouterr().err
     assert len(lines(tmp_path)) == 2
     assert run("--logdir", tmp_path, "--eval", "--eval-episodes", 0) == 2
     assert "--eval-episodes 0" in capsys.readouterr().err
@@ -1715,7 +1738,7 @@ def test_ctrl_c_and_sigterm_lose_nothing(number, status, tmp_path):
     out, _ = job.communicate(timeout=60)
     assert job.returncode == status and "goes on" in out
     saved = torch.load(logdir / "checkpoint.pt", weights_only=True)
-    steps, updates = saved["counters"]["steps"], saved["updates"]
+    steps, updates = saved["counters"]["steps"], saved["counters"]["updates"]
     assert 0 <= steps - lines(logdir)[-1]["step"] < 4  # the last updates have their line
     assert updates == (steps - DEBUG["prefill_steps"]) // 4 > 0
     assert run("--logdir", logdir, "--steps", steps + 40) == 0
@@ -1728,7 +1751,7 @@ def test_a_second_signal_ends_an_evaluation_at_once(tmp_path):
         [sys.executable, HERE / "dreamerv2.py", "--game", "Catch", "--preset", "debug",
          "--logdir", tmp_path, "--checkpoint-every-steps", "205", "--eval-every-steps", "210",
          "--eval-episodes", "1000000"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    while not (tmp_path / "checkpoint.pt").exists() and job.poll() is None:
+    while not (tmp_path / "previous.pt").exists() and job.poll() is None:
         time.sleep(0.05)
     time.sleep(1)
     job.send_signal(signal.SIGINT)
@@ -1747,7 +1770,8 @@ log, add = os.open(sys.argv[2], os.O_WRONLY | os.O_APPEND | os.O_CREAT), d.Repla
 def witnessed(replay, *row):
     whole = b"".join(np.asarray(x).astype(replay.rows.dtype[k].base).tobytes()
                      for k, x in zip(d.Row._fields, row))
-    os.write(log, f"{int(replay.written[0])} {zlib.crc32(whole)}\\n".encode())
+    line = f"{os.getpid()} {int(replay.written[0])} {zlib.crc32(whole)} {int(row[3][0])}\\n"
+    os.write(log, line.encode())
     add(replay, *row)
 d.Replay.add = witnessed
 sys.exit(d.main(sys.argv[3:]))
@@ -1755,41 +1779,49 @@ sys.exit(d.main(sys.argv[3:]))
 
 
 def check_replay(logdir, log):
-    """Every row that can be sampled is what was last written under its number."""
+    """Every row that can be sampled is what was last written under its number, and no number
+    is left out, nor taken twice, but by the row that a kill stopped. All that was logged."""
     rows, written = np.load(logdir / "replay" / "rows.npy"), int(
         np.load(logdir / "replay" / "written.npy")[0])
-    last = {int(n): int(crc) for n, crc in map(str.split, log.read_text().splitlines())}
+    table = [tuple(map(int, line.split())) for line in log.read_text().splitlines()]
+    last = {number: crc for _, number, crc, _ in table}
     assert written <= len(last)
     for number in range(max(0, written - rows.shape[1] + 1), written):
         row = rows[0, number % rows.shape[1]]
         whole = b"".join(np.asarray(row[k]).tobytes() for k in d.Row._fields)
         assert zlib.crc32(whole) == last[number], number
+    for (process, number, *_), (process_after, after, *_) in itertools.pairwise(table):
+        assert after == number + 1 or process != process_after and after == number
+    return table
 
 
 def test_killed_at_random_moments(tmp_path):
     """kill -9 of a run on the real emulator, whose ring is full and wraps: 3 times, with
     SLOW=1 25 times. All of the replay's rows are whole then, the next process goes on from
-    the checkpoint, and metrics.jsonl repeats no line."""
+    the checkpoint, at most an interval back, and metrics.jsonl repeats no line."""
     rng, log, logdir = np.random.default_rng(), tmp_path / "log", tmp_path / "run"
-    script = tmp_path / "witness.py"
+    script, every = tmp_path / "witness.py", 40
     script.write_text(WITNESS)
     command = [sys.executable, script, HERE, log, "--game", "Breakout", "--preset", "debug",
-               "--checkpoint-every-steps", "40", "--replay-capacity", "250",
+               "--checkpoint-every-steps", str(every), "--replay-capacity", "250",
                "--eval-every-steps", "100000", "--log-every-steps", "25", "--logdir", logdir]
-    steps = 0
-    for _ in range(25 if "SLOW" in os.environ else 3):
+    steps = kills = 0
+    while kills < (25 if "SLOW" in os.environ else 3):
         job = subprocess.Popen(command + ["--steps", "100000"], stderr=subprocess.DEVNULL,
                                stdout=subprocess.DEVNULL)
-        while not (logdir / "checkpoint.pt").exists() and job.poll() is None:
-            time.sleep(0.05)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            job.wait(rng.uniform(0, 6))
+            job.wait(rng.uniform(1, 9))
         job.kill()
         assert job.wait() == -signal.SIGKILL
-        check_replay(logdir, log)
-        before, steps = steps, torch.load(
-            logdir / "checkpoint.pt", weights_only=True)["counters"]["steps"]
-        assert steps >= before
+        path = logdir / "checkpoint.pt"
+        path = path if path.exists() else logdir / "previous.pt"
+        if not path.exists():  # torch was still being loaded
+            continue
+        kills += 1
+        played = sum(not first for process, _, _, first in check_replay(logdir, log)
+                     if process == job.pid)
+        before, steps = steps, torch.load(path, weights_only=True)["counters"]["steps"]
+        assert before + played - every - 2 <= steps <= before + played
     done = subprocess.run(command + ["--steps", str(steps + 100)], capture_output=True)
     assert done.returncode == 0, done.stderr
     check_replay(logdir, log)
@@ -1810,14 +1842,13 @@ def test_a_torn_line_of_metrics_is_written_again(tmp_path):
 
 
 def test_two_resumed_learners_are_bit_identical(tmp_path):
-    """The losses of 50 updates; and their noise is not the beginning's."""
+    """The losses of 50 updates on the same replay."""
     flags = ("--game", "Catch", "--preset", "debug", "--log-every-steps", 4)
     assert run(*flags, "--logdir", tmp_path / "a", "--steps", 400) == 0
-    assert torch.initial_seed() == 0
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     for name in "ab":
+        torch.manual_seed(ord(name))  # the checkpoint knows better
         assert run(*flags, "--logdir", tmp_path / name, "--steps", 600) == 0
-        assert torch.initial_seed() != 0
     a, b = ([{k: v for k, v in row.items() if "_per_s" not in k and "time" not in k}
              for row in lines(tmp_path / name)] for name in "ab")
     assert a == b and len(a) == 100 and a[49]["step"] == 400 and a[-1]["updates"] == 100
@@ -1876,7 +1907,7 @@ FLAGS = dict(
     entropy_scale=0.01, actor_lr=1e-3, critic_lr=1e-3, slow_every_updates=3,
     slow_baseline=True, shifted_advantage=True, adam_eps=1e-4, grad_clip=1.0,
     weight_decay=1e-4, log_every_steps=100, eval_every_steps=150, eval_episodes=2,
-    checkpoint_every_steps=150, precision="bf16", cuda_graphs=False,
+    checkpoint_minutes=0.001, checkpoint_every_steps=150, precision="bf16", cuda_graphs=False,
     compile=bool(shutil.which("c++")),  # torch.compile needs a C++ compiler
     discount_head=False, reward_tanh=False, anneal_steps=200, reinforce_mix_end=0.7,
     entropy_scale_end=1e-4, layer_norm=False, reward_gradients=False, kl_balancing=False,
@@ -1886,7 +1917,7 @@ FLAGS = dict(
 def test_every_flag_runs(tmp_path):
     """All flags at once, none at its default; config.json says what the run used."""
     defaults = dataclasses.asdict(d.Config())
-    assert set(FLAGS) == set(defaults) - {"logdir"}
+    assert set(FLAGS) == set(defaults) - {"logdir", "resume"}  # resume: crash safety, below
     assert all(FLAGS[k] != defaults[k] for k in FLAGS if k != "compile")
     flags = ["--logdir", tmp_path]
     for name, value in FLAGS.items():
@@ -1895,7 +1926,7 @@ def test_every_flag_runs(tmp_path):
                   else [flag, value])
     assert run(*flags) == 0
     written = json.loads((tmp_path / "config.json").read_text())
-    assert written == FLAGS | {"logdir": str(tmp_path)}
+    assert written == FLAGS | {"logdir": str(tmp_path), "resume": "latest"}
     last = lines(tmp_path)[-1]
     assert last["updates"] == (last["step"] - 100) // 8
     assert last["frames"] == 3 * last["step"]
@@ -1932,7 +1963,24 @@ BAD = [  # flags, and what the one line must name
     (["--anneal-steps", "-1"], "--anneal-steps"), (["--scores"], "--scores"),
     (["--reinforce-mix-end", "1.5"], "--reinforce-mix-end"),
     (["--entropy-scale-end", "-1"], "--entropy-scale-end"),
-    (["--game", "Endless-v0"], "Box"), (["--game", "Words-v0"], "actions")]
+    (["--game", "Endless-v0"], "Box"), (["--game", "Words-v0"], "actions"),
+    (["--game", ""], "--game"), (["--game", "no_module:Game-v0"], "no_module"),
+    (["--resume", "first"], "--resume"), (["--resume", "previous"], "previous.pt"),
+    (["--checkpoint-minutes", "0"], "--checkpoint-minutes"),
+    (["--checkpoint-minutes", "inf"], "--checkpoint-minutes"),
+    (["--checkpoint-every-steps", "-5"], "--checkpoint-every-steps"),
+    (["--eval-episodes", "-1"], "--eval-episodes"), (["--device", "cuda"], "--device"),
+    (["--eval", "--eval-episodes", "0"], "--eval-episodes 0"),
+    (["--eval", "--resume", "previous"], "previous.pt"),
+    (["--kl-balance", "1.2"], "--kl-balance"), (["--time-limit", "0"], "--time-limit"),
+    (["--num-classes", "1"], "--num-classes"), (["--noops", "0"], "--noops"),
+    (["--action-repeat", "-4"], "--action-repeat"), (["--seq-len", "0"], "--seq-len"),
+    (["--free-nats", "-1"], "--free-nats"), (["--grad-clip", "0"], "--grad-clip"),
+    (["--replay-capacity", "0"], "--replay-capacity"),
+    (["--replay-capacity", "1000000000000"], "--replay-capacity"),
+    (["--time-limit", "1000000000"], "--time-limit"), (["--layer-norm=no"], "--layer-norm")]
+if torch.cuda.is_available():
+    BAD.remove((["--device", "cuda"], "--device"))
 
 
 @pytest.mark.parametrize("flags,named", BAD, ids=[" ".join(f) for f, _ in BAD])
@@ -1975,20 +2023,457 @@ def test_no_cuda_and_atari_says_what_it_costs(monkeypatch, capsys, tmp_path):
     assert "No CUDA device" in out and "gradient step" in out and "--preset small" in out
 
 
+# ---------------------------------------------------------------------- crash safety
+
 def test_a_checkpoint_restores_everything(tmp_path):
-    """Weights, slow critic, Adam's moments and step counts: the next steps are the same."""
-    batch, path = random_batch(), tmp_path / "checkpoint.pt"
-    agent, other = tiny_agent(slow_every_updates=2), tiny_agent(slow_every_updates=2)
+    """Weights, slow critic, Adam's moments and step counts, random states: the next steps
+    and the next batches are the same."""
+    batch, agents = random_batch(), [tiny_agent(slow_every_updates=2) for _ in range(2)]
+    config = d.Config(logdir=str(tmp_path))
+    replays = [d.Replay(tmp_path / x, 40, image_shape=(1, 2, 2), action_dim=2, seed=i)
+               for i, x in enumerate("ab")]
+    for t in range(50):
+        fill_row(replays[0], t), fill_row(replays[1], t)
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    assert d.load_checkpoint(config, agents[1]) is None
     for _ in range(3):
-        agent.train_step(batch)
-    d.save_checkpoint(path, agent, dict(steps=7))
-    assert d.load_checkpoint(path, other) == dict(steps=7)
-    after = []
-    for a in (agent, other):
-        torch.manual_seed(5)
-        after.append([{k: float(v) for k, v in a.train_step(batch).items()}
-                      for _ in range(3)])
-    assert after[0] == after[1] and agent.updates == other.updates == 6
+        agents[0].train_step(batch), replays[0].sample(4, 3)
+    d.save_checkpoint(config, agents[0], replays[0], dict(steps=7, episodes=2))
+    after = [[agents[0].train_step(batch) for _ in range(3)], replays[0].sample(9, 3)]
+    torch.manual_seed(77)
+    saved = d.load_checkpoint(config, agents[1])
+    assert saved["counters"] == dict(steps=7, episodes=2, updates=3, log_bytes=3)
+    assert saved["config"] == vars(config) and saved["format"] == 1
+    assert saved["version"] == d.__version__
+    replays[1].random.bit_generator.state = saved["sampling"]
+    again = [[agents[1].train_step(batch) for _ in range(3)], replays[1].sample(9, 3)]
+    assert torch.equal(after[1]["reward"], again[1]["reward"])
+    assert all(torch.equal(x[k], y[k]) for x, y in zip(after[0], again[0]) for k in x)
+    assert agents[0].updates == agents[1].updates == 6
+
+
+def a_short_run(logdir, *flags):
+    """A run with two different checkpoints; its flags, and what all of its files hold."""
+    base = ("--game", "Catch", "--preset", "debug", "--logdir", logdir,
+            "--checkpoint-every-steps", 200, *flags)
+    assert run(*base, "--steps", 400) == 0
+    return base, contents(logdir)
+
+
+def contents(folder):
+    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@contextlib.contextmanager
+def dies(monkeypatch, stage):
+    """As killed before the disk is touched for the `stage`th time, from 0."""
+    class Killed(BaseException):
+        pass
+
+    left = [stage]
+
+    def before(function):
+        def counted(*args, **kwargs):
+            left[0] -= 1
+            if left[0] < 0:
+                raise Killed
+            return function(*args, **kwargs)
+        return counted
+
+    with monkeypatch.context() as patch:
+        for place, name in ((os, "replace"), (os, "fsync"), (np, "save"), (torch, "save"),
+                            (os, "posix_fallocate")):
+            patch.setattr(place, name, before(getattr(place, name)))
+        with pytest.raises(Killed):
+            yield
+
+
+def truncated(data):
+    return data[:len(data) // 2]
+
+
+def emptied(data):
+    return b""
+
+
+def flipped(data):
+    at = len(data) // 2
+    return data[:at] + bytes([data[at] ^ 16]) + data[at + 1:]
+
+
+@pytest.mark.parametrize("damage", [truncated, emptied, flipped])
+def test_a_damaged_checkpoint_is_one_line_and_the_one_before_goes_on(
+        damage, tmp_path, capsys):
+    base, before = a_short_run(tmp_path)
+    path = tmp_path / "checkpoint.pt"
+    path.write_bytes(damage(before[path]))
+    bad = contents(tmp_path)
+    capsys.readouterr()
+    for command in ((*base, "--steps", 600), ("--logdir", tmp_path, "--eval")):
+        assert run(*command) == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and str(path) in err and "--resume previous" in err
+    assert contents(tmp_path) == bad
+    assert run("--logdir", tmp_path, "--eval", "--resume", "previous") == 0
+    assert contents(tmp_path) == bad
+    assert run(*base, "--resume", "previous", "--steps", 410) == 0
+    assert "200 decisions" in capsys.readouterr().out
+    table = [r["step"] for r in lines(tmp_path)]
+    assert table == sorted(set(table)) and table[-1] == 410
+    assert run(*base, "--steps", 420) == 0  # `previous` was for that once
+    assert "410 decisions" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stage", range(7))
+def test_killed_at_any_moment_of_going_on_from_the_one_before(stage, tmp_path, monkeypatch):
+    """The good one is never lost: the same command goes on from it, or from a later one."""
+    base, before = a_short_run(tmp_path)
+    good = before[tmp_path / "previous.pt"]
+    (tmp_path / "checkpoint.pt").write_bytes(b"")
+    command = (*base, "--resume", "previous", "--steps", 230)
+    with dies(monkeypatch, stage):
+        run(*command)
+    assert good in contents(tmp_path).values()
+    assert run(*command) == 0
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["counters"]["steps"] == 230
+
+
+def test_going_on_keeps_the_checkpoint_before(tmp_path):
+    """A start that fails at once, again and again, does not use up the older one."""
+    base, before = a_short_run(tmp_path)
+    for _ in range(2):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(d, "learn", lambda *args: None)
+            assert run(*base, "--steps", 500) == 0
+    path = tmp_path / "previous.pt"
+    assert path.read_bytes() == before[path]
+
+
+def test_every_flipped_bit_of_a_checkpoint_is_found_or_harmless(tmp_path):
+    _, before = a_short_run(tmp_path)
+    path, rng = tmp_path / "checkpoint.pt", np.random.default_rng(0)
+    config, found = d.Config(**DEBUG, game="Catch", logdir=str(tmp_path)), 0
+    right = torch.load(path, weights_only=True)["agent"]
+    for at in rng.integers(8 * len(before[path]), size=60):
+        data = bytearray(before[path])
+        data[at // 8] ^= 1 << at % 8
+        path.write_bytes(data)
+        agent = d.Agent(config, 3)
+        try:
+            d.load_checkpoint(config, agent)
+        except d.UsageError:
+            found += 1
+        else:
+            assert all(torch.equal(v, right[k]) for k, v in agent.state_dict().items())
+    assert found > 30
+
+
+@pytest.mark.parametrize("name", ["rows.npy", "written.npy"])
+@pytest.mark.parametrize("damage", [truncated, emptied, None])
+def test_a_damaged_replay_is_one_line(name, damage, tmp_path, capsys):
+    base, before = a_short_run(tmp_path)
+    path = tmp_path / "replay" / name
+    path.write_bytes(damage(before[path])) if damage else path.unlink()
+    bad = contents(tmp_path)
+    capsys.readouterr()
+    assert run(*base, "--steps", 600) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "replay" in err
+    kept = contents(tmp_path)
+    assert all(kept[p] == bad[p] for p in bad if p.parent == tmp_path or p == path)
+
+
+@pytest.mark.parametrize("byte", range(0, 136, 5))
+def test_a_flipped_byte_of_the_replays_header_is_found_or_harmless(byte, tmp_path):
+    counting_replay(tmp_path, 10, 13)
+    path = tmp_path / "written.npy"
+    data = bytearray(path.read_bytes())
+    data[byte] ^= 255
+    path.write_bytes(data)
+    try:
+        replay = d.Replay(tmp_path, 10, image_shape=(1, 2, 2), action_dim=2)
+    except d.UsageError:
+        return
+    assert replay.written.tolist() == [13] or byte >= 128 and replay.written > 0  # itself
+
+
+def limited(limit, *flags):
+    """dreamerv2.py where no file may grow beyond `limit` bytes: EFBIG, as ENOSPC."""
+    import resource
+    return subprocess.run(
+        [sys.executable, HERE / "dreamerv2.py", "--game", "Catch", "--preset", "debug",
+         *map(str, flags)], capture_output=True, text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+
+
+def test_a_full_disk(tmp_path):
+    """No room for the replay: status 2, nothing left behind. For the checkpoint, once it
+    holds Adam's moments: status 1, the checkpoint before is whole and goes on."""
+    logdir = tmp_path / "run"
+    out = limited(1_000_000, "--logdir", logdir)
+    assert out.returncode == 2 and out.stderr.count("\n") == 1, out.stderr
+    assert {p.name for p in logdir.rglob("*")} <= {"lock", "replay"}
+    flags = ("--logdir", logdir, "--replay-capacity", 100, "--prefill-steps", 60,
+             "--hidden-size", 2000, "--checkpoint-every-steps", 50, "--steps", 120)
+    assert run("--game", "Catch", "--preset", "debug", *flags[2:-1], 55,
+               "--logdir", tmp_path / "size") == 0
+    size = (tmp_path / "size" / "checkpoint.pt").stat().st_size
+    out = limited(int(1.2 * size), *flags)
+    assert out.returncode == 1 and "Traceback" not in out.stderr, out.stderr
+    last = out.stderr.splitlines()[-1]
+    assert last.startswith("dreamerv2.py: ")
+    assert last.endswith(f"{logdir / 'checkpoint.pt'} is good")
+    assert torch.load(logdir / "checkpoint.pt", weights_only=True)["counters"]["steps"] == 50
+    assert limited(10 ** 9, *flags).returncode == 0
+    assert lines(logdir)[-1]["step"] == 120
+
+
+def test_a_second_process_is_refused_and_a_killed_one_leaves_no_lock(tmp_path, capsys):
+    flags = ("--game", "Catch", "--preset", "debug", "--logdir", tmp_path, "--steps", 10 ** 6)
+    job = subprocess.Popen([sys.executable, HERE / "dreamerv2.py", *map(str, flags)],
+                           stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "checkpoint.pt").exists() and job.poll() is None:
+        time.sleep(0.05)
+    assert run(*flags) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "in use" in err and "locked" in err
+    assert run("--logdir", tmp_path, "--eval") == 0  # to look is free
+    job.kill()
+    job.wait()
+    steps = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["counters"]["steps"]
+    assert run(*flags[:-1], steps + 10) == 0
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, capsys, monkeypatch):
+    (tmp_path / "lock").mkdir()  # for root, too, no file can be written under that name
+    flags = ("--game", "Catch", "--preset", "debug", "--logdir", tmp_path)
+    assert run(*flags) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "not writable" in err and len(list(tmp_path.iterdir())) == 1
+    (tmp_path / "lock").rmdir()
+
+    def read_only(*args):
+        raise OSError(30, "Read-only file system")
+
+    assert run(*flags, "--steps", 210) == 0
+    before = contents(tmp_path)
+    monkeypatch.setattr(os, "fsync", read_only)
+    assert run(*flags, "--steps", 220) == 2
+    err = capsys.readouterr().err
+    assert err.splitlines()[-1] == "dreamerv2.py: [Errno 30] Read-only file system"
+    assert all(v == before[p] for p, v in contents(tmp_path).items() if p.suffix != ".tmp")
+
+
+def test_too_little_memory_for_the_replay_is_one_line(tmp_path, capsys, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(np.lib.format, "open_memmap", refuse)
+    assert run("--game", "Catch", "--preset", "debug", "--logdir", tmp_path) == 2
+    err = capsys.readouterr().err
+    assert err == "dreamerv2.py: [Errno 12] Cannot allocate memory\n"
+
+
+@pytest.mark.parametrize("content", [None, b"x"])
+def test_a_missing_or_damaged_rom_is_one_line(content, tmp_path, capsys, monkeypatch):
+    (tmp_path / "roms").mkdir()
+    if content:
+        (tmp_path / "roms" / "breakout.bin").write_bytes(content)
+    monkeypatch.setenv("ALE_ROMS_DIR", str(tmp_path / "roms"))
+    assert run("--game", "Breakout", "--preset", "debug", "--logdir", tmp_path / "run") == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "breakout.bin" in err and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name, method", [
+    ("critic_loss", "critic_loss"), ("reward_loss", "predict_reward"),
+    ("actor_grad_norm", "actor_loss")])
+def test_a_number_that_is_not_finite_stops_the_run(name, method, tmp_path, capsys,
+                                                   monkeypatch):
+    """The term, the update, the last good checkpoint, which stays as it is: status 1."""
+    base, _ = a_short_run(tmp_path)
+    place = d.WorldModel if method == "predict_reward" else d
+    real, calls, saved = getattr(place, method), [], []
+    save = d.save_checkpoint
+    monkeypatch.setattr(d, "save_checkpoint", lambda *args, **kept: (
+        save(*args, **kept), saved.append((tmp_path / "checkpoint.pt").read_bytes())))
+
+    def poisoned(*args, **kwargs):
+        calls.append(1)
+        out = real(*args, **kwargs)
+        # the world model's loss asks for rewards once an update, imagination once more
+        if len(calls) <= (12 if method == "predict_reward" else 6):
+            return out
+        if method == "predict_reward":
+            return out * math.nan
+        if method == "actor_loss":  # a loss that looks well, with a gradient that is not
+            return out[0] * math.inf, out[1]
+        return out[0] * math.nan, out[1] | {name: out[0].detach() * math.nan}
+
+    monkeypatch.setattr(place, method, poisoned)
+    capsys.readouterr()
+    assert run(*base, "--steps", 600) == 1
+    message = f"{name} is not finite in update 57; {tmp_path / 'checkpoint.pt'} is good"
+    assert f"\ndreamerv2.py: {message}\n" in capsys.readouterr().err
+    assert len(saved) == 1 and (tmp_path / "checkpoint.pt").read_bytes() == saved[0]
+    assert len(calls) == (13 if method == "predict_reward" else 7) + (method[0] == "p")
+    monkeypatch.undo()
+    assert run(*base, "--steps", 600) == 0
+
+
+def test_metrics_name_the_first_scalar_that_is_not_finite(tmp_path):
+    metrics = d.Metrics(tmp_path / "m", updates=100, frames=0)
+    for update, (a, b, c) in enumerate(((1, 2, 3), (3, 4, 5), (5, math.inf, math.nan)), 101):
+        metrics.add(dict(a=torch.tensor(float(a)), b=torch.tensor(b), c=torch.tensor(c)))
+        if update < 103:
+            metrics.check(update)
+    with pytest.raises(FloatingPointError, match="b is not finite in update 103"):
+        metrics.check(103)
+
+
+def test_checkpoints_come_by_the_clock_too(tmp_path, monkeypatch):
+    """And the one before is kept."""
+    saved, real = [], d.save_checkpoint
+    monkeypatch.setattr(d, "save_checkpoint", lambda config, agent, replay, counters, **kept: (
+        saved.append(counters["steps"]), real(config, agent, replay, counters, **kept)))
+    flags = ("--game", "Catch", "--preset", "debug", "--checkpoint-every-steps", 10 ** 6)
+    assert run(*flags, "--logdir", tmp_path / "a", "--steps", 60) == 0
+    assert saved == [0, 60]
+    saved.clear()
+    assert run(*flags, "--logdir", tmp_path / "b", "--steps", 60, "--checkpoint-minutes",
+               1e-9) == 0
+    assert saved[:3] == [0, 1, 2] and saved[-1] == 60
+    steps = [torch.load(tmp_path / "b" / f"{x}.pt", weights_only=True)["counters"]["steps"]
+             for x in ("previous", "checkpoint")]
+    assert steps == [59, 60]
+
+
+def test_killed_between_the_two_renames(tmp_path, capsys):
+    """The one before is there and is taken, and said so."""
+    base, _ = a_short_run(tmp_path)
+    (tmp_path / "checkpoint.pt").unlink()
+    capsys.readouterr()
+    assert run(*base, "--steps", 410) == 0
+    out = capsys.readouterr().out
+    assert "previous.pt of" in out and "200 decisions" in out
+    assert lines(tmp_path)[-1]["step"] == 410
+
+
+@pytest.mark.parametrize("stage", range(8))
+def test_killed_at_any_moment_of_a_start(stage, tmp_path, monkeypatch):
+    """Before each thing that a new run does on the disk: the same command then begins."""
+    flags = ("--game", "Catch", "--preset", "debug", "--logdir", tmp_path, "--steps", 210)
+    with dies(monkeypatch, stage):
+        run(*flags)
+    assert run(*flags) == 0
+    assert lines(tmp_path)[-1]["step"] == 210
+
+
+class Unwell(Colours):
+    """Raises at its 300th step, once."""
+    steps = 0
+
+    def step(self, action):
+        Unwell.steps += 1
+        if Unwell.steps == 300:
+            raise RuntimeError("the game fell over")
+        return super().step(action)
+
+
+gymnasium.register("Unwell-v0", Unwell)
+
+
+def test_a_reward_that_is_not_finite_is_not_stored(tmp_path, monkeypatch):
+    envs = d.make_envs("Catch")
+    envs.reset()
+    monkeypatch.setattr(envs.vector_env, "step", lambda action: (
+        np.zeros((1, 64, 64, 1), np.uint8), np.array([math.nan]), *np.zeros((2, 1), bool), {}))
+    with pytest.raises(AssertionError, match="reward of the game is not finite"):
+        envs.step(np.eye(3)[[0]])
+
+
+def test_a_game_that_raises_does_not_take_the_replay_with_it(tmp_path):
+    flags = ("--game", "Unwell-v0", "--preset", "debug", "--logdir", tmp_path, "--steps", 400,
+             "--checkpoint-every-steps", 100)
+    with pytest.raises(RuntimeError, match="fell over"):
+        run(*flags)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["counters"]
+    written = int(np.load(tmp_path / "replay" / "written.npy")[0])
+    assert saved["steps"] == 200 and written > 250
+    assert run(*flags) == 0
+    assert lines(tmp_path)[-1]["step"] == 400
+
+
+HANGS = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+import dreamerv2 as d
+step, calls = d.Catch.step, []
+def hangs(self, action):
+    calls.append(1)
+    if len(calls) == 300:
+        print("hangs", flush=True)
+        time.sleep(1000)
+    return step(self, action)
+d.Catch.step = hangs
+sys.exit(d.main(sys.argv[2:]))
+"""
+
+
+def test_a_game_that_hangs_does_not_take_the_replay_with_it(tmp_path):
+    """Ctrl-C waits for the step in hand, a second one does not; then it goes on."""
+    script, logdir = tmp_path / "hangs.py", tmp_path / "run"
+    script.write_text(HANGS)
+    flags = ("--game", "Catch", "--preset", "debug", "--logdir", logdir,
+             "--checkpoint-every-steps", "100")
+    job = subprocess.Popen([sys.executable, script, HERE, *flags], text=True,
+                           stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    while "hangs" not in job.stdout.readline():
+        assert job.poll() is None
+    for _ in range(2):
+        job.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+    assert job.wait(timeout=30) == 130
+    saved = torch.load(logdir / "checkpoint.pt", weights_only=True)["counters"]
+    assert saved["steps"] == 200 < int(np.load(logdir / "replay" / "written.npy")[0])
+    assert run(*flags, "--steps", 400) == 0
+
+
+def test_changed_settings_are_refused_by_name_or_said(tmp_path, capsys):
+    base, before = a_short_run(tmp_path)
+    capsys.readouterr()
+    assert run(*base, "--gamma", 0.9, "--horizon", 3, "--steps", 500) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "--gamma 0.9 (was 0.995), --horizon 3 (was 4)" in err
+    assert "--steps" not in err and contents(tmp_path) == before
+    assert run(*base, "--steps", 410, "--eval-episodes", 2) == 0
+    assert "--steps 410 (was 400), --eval-episodes 2 (was 1)" in capsys.readouterr().out
+    for damage in (truncated, emptied, None):
+        path = tmp_path / "config.json"
+        path.write_bytes(damage(path.read_bytes())) if damage else path.unlink()
+        assert run(*base, "--steps", 420) == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and "config.json" in err
+
+
+def test_a_replay_without_its_checkpoint_is_refused_and_the_other_way_round(
+        tmp_path, capsys):
+    base, before = a_short_run(tmp_path)
+    for names in (["checkpoint.pt", "previous.pt"], ["replay/rows.npy", "replay/written.npy"],
+                  ["replay/rows.npy"]):
+        for name in names:
+            (tmp_path / name).unlink()
+        kept = contents(tmp_path)
+        capsys.readouterr()
+        assert run(*base, "--steps", 500) == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and re.search("do not belong together|is damaged", err)
+        assert all(v == kept[p] for p, v in contents(tmp_path).items() if p in kept)
+        for name in names:
+            (tmp_path / name).write_bytes(before[tmp_path / name])
+    assert run(*base, "--steps", 410) == 0
 
 
 # ----------------------------------------------------------------------------- speed
@@ -2263,14 +2748,15 @@ def benchmark(config):
         torch.cuda.reset_peak_memory_stats(device)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as config.logdir, \
             contextlib.redirect_stdout(sys.stderr):
-        agent, _ = d.load_agent(config)
+        agent = d.new_agent(config)
         repeats = min(100, 2 + int(1 / seconds(lambda: agent.train_step(batch), device, 1)))
         step = seconds(lambda: agent.train_step(batch), device, repeats)
         every = repeats * config.steps_per_update
         prefill = -(-T * envs.num_envs // every) * every
-        loop = d.train(dataclasses.replace(
+        d.train(dataclasses.replace(
             config, prefill_steps=prefill, steps=prefill + 2 * every, log_every_steps=every,
             eval_episodes=0, replay_capacity=2 * prefill))
+        loop = json.loads(Path(config.logdir, "metrics.jsonl").read_text().splitlines()[-1])
         replay = d.Replay(Path(config.logdir, "replay"), 2 * prefill,
                           num_envs=envs.num_envs, image_shape=(envs.channels, 64, 64),
                           action_dim=envs.num_actions)
@@ -2326,7 +2812,7 @@ def test_benchmark(flags, tmp_path, monkeypatch, capsys):
 def test_benchmark_without_cuda_is_of_the_small_preset(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     config, command = d.parse_config(["--benchmark"])
-    assert config.preset == "small" and command.func is d.measure
+    assert config.preset == "small" and command is not d.train
     config, _ = d.parse_config(["--benchmark", "--preset", "atari"])
     assert config.preset == "atari"
 
@@ -2369,6 +2855,68 @@ def test_graph_replay_equals_eager():
 
 
 # ---------------------------------------------------------------------------- scores
+
+def play(config):
+    """dreamerv2.py --eval: whole episodes of the actor's mode; nothing is written."""
+    if not config.eval_episodes:
+        raise d.UsageError("--eval-episodes 0: --eval has nothing to play")
+    agent = d.new_agent(config)
+    saved = d.load_checkpoint(config, agent)
+    if not saved:
+        raise d.UsageError(f"--eval: there is no checkpoint.pt in {config.logdir}")
+    envs = d.make_game(config, 1, saved["counters"]["steps"], 2)
+    score, length = d.evaluate(agent, envs, config.eval_episodes).T
+    print(f"episodes: {len(score)}, mean score {score.mean():.2f}, median"
+          f" {np.median(score):.2f}, standard deviation {score.std():.2f},"
+          f" mean length {length.mean():.1f} decisions")
+
+
+# The paper's 55 games: raw scores of random play, a human gamer, the human record.
+REFERENCE = {game: dict(zip(("random", "gamer", "record"), map(float, scores)))
+             for game, *scores in map(str.split, """
+    alien 228.8 7127.7 251916; amidar 5.8 1719.5 104159; assault 222.4 742 8647;
+    asterix 210 8503.3 1000000; asteroids 719.1 47388.7 10506650;
+    atlantis 12850 29028.1 10604840; bankheist 14.2 753.1 82058;
+    battlezone 2360 37187.5 801000; beamrider 363.9 16926.5 999999;
+    berzerk 123.7 2630.4 1057940; bowling 23.1 160.7 300; boxing 0.1 12.1 100;
+    breakout 1.7 30.5 864; centipede 2090.9 12017 1301709;
+    choppercommand 811 7387.8 999999; crazyclimber 10780.5 35829.4 219900;
+    demonattack 152.1 1971 1556345; doubledunk -18.6 -16.4 22; enduro 0 860.5 9500;
+    fishingderby -91.7 -38.7 71; freeway 0 29.6 38; frostbite 65.2 4334.7 454830;
+    gopher 257.6 2412.5 355040; gravitar 173 3351.4 162850; hero 1027 30826.4 1000000;
+    icehockey -11.2 0.9 36; jamesbond 7 29 45550; kangaroo 52 3035 1424600;
+    krull 1598 2665.5 104100; kungfumaster 258.5 22736.3 1000000;
+    montezumarevenge 0 4753.3 1219200; mspacman 307.3 6951.6 290090;
+    namethisgame 2292.3 8049 25220; phoenix 761.4 7242.6 4014440;
+    pitfall -229.4 6463.7 114000; pong -20.7 14.6 21; privateeye 24.9 69571.3 101800;
+    qbert 163.9 13455 2400000; riverraid 1338.5 17118 1000000;
+    roadrunner 11.5 7845 2038100; robotank 2.2 11.9 76; seaquest 68.4 42054.7 999999;
+    skiing -17098.1 -4336.9 -3272; solaris 1236.3 12326.7 111420;
+    spaceinvaders 148 1668.7 621535; stargunner 664 10250 77400; tennis -23.8 -8.3 21;
+    timepilot 3568 5229.2 65300; tutankham 11.4 167.6 5384; upndown 533.4 11693.2 82840;
+    venture 0 1187.5 38900; videopinball 16256.9 17667.9 89218328;
+    wizardofwor 563.5 4756.5 395300; yarsrevenge 3092.9 54576.9 15000105;
+    zaxxon 32.5 9173.3 83700
+    """.split(";"))}
+
+
+def normalized_score(game: str, score: float, reference: str) -> float:
+    """A raw score on the way from random play, 0, to a reference, 1: "gamer" (a human)
+    or "record" (the human world record). KeyError for a game that is none of the 55."""
+    row = REFERENCE[d.plain_name(game)]
+    return (score - row["random"]) / (row[reference] - row["random"])
+
+
+def summarize_scores(scores: dict[str, float]) -> dict[str, float]:
+    """The paper's four summaries of {game: raw score}. It recommends the last: one game
+    (James Bond) makes most of a gamer mean, and a median is deaf to half of the games."""
+    gamer, record = (np.array([normalized_score(game, score, reference)
+                               for game, score in scores.items()])
+                     for reference in ("gamer", "record"))
+    return {"gamer median": float(np.median(gamer)), "gamer mean": float(gamer.mean()),
+            "record mean": float(record.mean()),
+            "clipped record mean": float(record.clip(max=1).mean())}
+
 
 # Raw scores after 200M frames with sticky actions, as published: DreamerV2 by its authors
 # (mean of the seeds in their files), the others with Dopamine.
@@ -2475,7 +3023,7 @@ def scores(folder):
             print(f"{path} is left out: {error}", file=sys.stderr)
             continue
         cells, game = ["-"] * (2 + len(PUBLISHED)), d.plain_name(config["game"])
-        if game in d.REFERENCE:
+        if game in REFERENCE:
             games.setdefault(game, []).append((score, config.get("preset")))
             cells = [f"{d.normalized_score(game, score, x):.2f}" for x in ("gamer", "record")]
             cells += [f"{of[game]:.6g}" for of in PUBLISHED.values()]
@@ -2504,10 +3052,10 @@ def test_the_papers_table_1_from_the_published_scores(agent, printed, monkeypatc
     up to a quarter of the sum. With the 29 and 302.8 that other papers give for it, the mean
     is the printed one to 0.02, and the other three keep their digits."""
     ours = list(d.summarize_scores(PUBLISHED[agent]).values())
-    assert len(PUBLISHED[agent]) == len(d.REFERENCE) == 55
+    assert len(PUBLISHED[agent]) == len(REFERENCE) == 55
     assert [round(ours[i], 2) for i in (0, 2, 3)] == [printed[i] for i in (0, 2, 3)]
     assert ours[1] > printed[1] + 0.4
-    monkeypatch.setitem(d.REFERENCE, "jamesbond", dict(random=29, gamer=302.8, record=45550))
+    monkeypatch.setitem(REFERENCE, "jamesbond", dict(random=29, gamer=302.8, record=45550))
     other = list(d.summarize_scores(PUBLISHED[agent]).values())
     print(f"{agent}: gamer mean {ours[1]:.2f}, printed {printed[1]:.2f}, with the other"
           f" James Bond {other[1]:.3f}")
@@ -2536,7 +3084,7 @@ def test_normalized_score_by_hand():
     assert all(d.make_envs(game).frames_per_step == 4 for game in ("jamesbond", "yarsrevenge"))
     assert d.plain_name("CarRacing-v2") != d.plain_name("CarRacing-v3")  # two games
     from ale_py.roms import get_all_rom_ids
-    assert set(d.REFERENCE) <= {d.plain_name(rom) for rom in get_all_rom_ids()}
+    assert set(REFERENCE) <= {d.plain_name(rom) for rom in get_all_rom_ids()}
 
 
 def a_run(folder, game, seed, returns, steps=1_000_000):
@@ -2613,6 +3161,16 @@ def test_measuring_as_a_user_types_it(flags, tmp_path):
                          capture_output=True, text=True)
     assert out.returncode == 2 and out.stderr.count("\n") == 1, out.stderr
     assert out.stderr.startswith("dreamerv2.py: ") and not list(tmp_path.iterdir())
+
+
+def test_measuring_needs_these_two_files_and_no_third(tmp_path):
+    for name in ("dreamerv2.py", "test_dreamerv2.py"):
+        shutil.copy(HERE / name, tmp_path)
+    command = [sys.executable, "dreamerv2.py", "--logdir", "run", "--preset", "debug",
+               "--game", "Catch"]
+    for flags in (["--steps", "210"], ["--steps", "210", "--eval"], ["--scores", "run"]):
+        out = subprocess.run(command + flags, cwd=tmp_path, capture_output=True, text=True)
+        assert out.returncode == 0, out.stderr
 
 
 # -------------------------------------------------------------------------- learning
@@ -2774,7 +3332,7 @@ def test_readme_snippets_run_and_its_tables_are_complete(tmp_path, monkeypatch, 
     for preset in d.PRESETS:
         assert f"`{preset}`" in readme
     games = re.search(r"games=\((.*?)\)", readme, re.S)[1].split()
-    assert [d.plain_name(game) for game in games] == list(d.REFERENCE)
+    assert [d.plain_name(game) for game in games] == list(REFERENCE)
 
 
 def test_importing_the_file_does_nothing():
