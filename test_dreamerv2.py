@@ -1871,9 +1871,11 @@ def test_a_resumed_run_plays_other_episodes_than_those_that_a_kill_undid(
     assert len(seeds) == len(set(seeds)) == 3
 
 
-def test_counters_with_several_environments(tmp_path):
-    assert run("--game", "Catch", "--preset", "debug", "--logdir", tmp_path,
-               "--num-envs", 3, "--steps", 650) == 0
+def test_counters_with_several_environments(tmp_path, capsys):
+    flags = ("--game", "Catch", "--preset", "debug", "--logdir", tmp_path, "--num-envs", 3,
+             "--steps", 650)
+    assert run(*flags) == run(*flags) == 0  # it may end two decisions later: none too many
+    assert "nothing left to do" in capsys.readouterr().out
     row = lines(tmp_path)[-1]
     assert 650 <= row["step"] <= 652
     assert row["updates"] == (row["step"] - DEBUG["prefill_steps"]) // 4
@@ -2346,6 +2348,35 @@ def test_checkpoints_come_by_the_clock_too(tmp_path, monkeypatch):
     steps = [torch.load(tmp_path / "b" / f"{x}.pt", weights_only=True)["counters"]["steps"]
              for x in ("previous", "checkpoint")]
     assert steps == [59, 60]
+
+
+def test_the_clock_of_checkpoints_starts_again_with_each(tmp_path, monkeypatch):
+    """A clock that goes on by a second when it is read, some ten times a decision."""
+    saved, real, clock = [], d.save_checkpoint, itertools.count()
+    monkeypatch.setattr(d.time, "time", clock.__next__)
+    monkeypatch.setattr(d, "save_checkpoint", lambda *args, **kept: (
+        saved.append(next(clock)), real(*args, **kept)))
+    assert run("--game", "Catch", "--preset", "debug", "--checkpoint-every-steps", 10 ** 6,
+               "--checkpoint-minutes", 1, "--logdir", tmp_path, "--steps", 150) == 0
+    between = np.diff(saved)[:-1]  # the last one is at the end
+    assert len(between) > 2 and between.min() > 60 and between.max() < 90
+
+
+def test_a_checkpoint_of_another_format_is_refused(tmp_path, capsys):
+    base, _ = a_short_run(tmp_path)
+    path = tmp_path / "checkpoint.pt"
+    torch.save(torch.load(path, weights_only=True) | dict(format=2), path)
+    assert run(*base, "--steps", 500) == 2
+    assert "format 2, this file reads 1" in capsys.readouterr().err
+
+
+def test_a_resumed_run_draws_the_batches_that_would_have_come(tmp_path, monkeypatch):
+    base, _ = a_short_run(tmp_path)
+    saved, states = torch.load(tmp_path / "checkpoint.pt", weights_only=True), []
+    monkeypatch.setattr(d, "learn", lambda config, agent, envs, replay, counters: (
+        states.append(replay.random.bit_generator.state)))
+    assert run(*base, "--steps", 500) == 0
+    assert states == [saved["sampling"]]
 
 
 def test_killed_between_the_two_renames(tmp_path, capsys):
