@@ -78,7 +78,6 @@ DEPARTURES from paper or code; the flag that switches each or the test that hold
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
 import dataclasses
 import difflib
@@ -1071,14 +1070,17 @@ class Replay:
                 if hasattr(os, "posix_fallocate"):  # a full disk shows now
                     with open(new, "r+b") as file:
                         os.posix_fallocate(file.fileno(), 0, new.stat().st_size)
-                np.save(written, np.zeros(1, np.int64))
+                np.save(written, np.zeros(2, np.int64))  # the same number twice
                 os.replace(new, rows)  # last: what is called rows.npy is whole
-            finally:
+            except OSError as error:
                 new.unlink(missing_ok=True)  # a full disk must not stay full
+                raise UsageError(f"{rows} of {capacity:,} rows: {error}") from None
         try:
             for mode in ("r", "r+"):  # r+ alone would lengthen a file that was cut
                 self.rows, self.written = (np.load(x, mode) for x in (rows, written))
-            if self.rows.dtype != dtype or self.rows.shape != shape or self.written < 0:
+            first, second = self.written.tolist()  # unless a bit flipped or a kill came
+            if (self.rows.dtype, self.rows.shape) != (dtype, shape) or (
+                    first - second not in (0, 1)):
                 raise ValueError
         except Exception as error:  # numpy raises many kinds
             raise UsageError(f"{rows.parent} has another layout or is damaged, choose"
@@ -1093,7 +1095,7 @@ class Replay:
         slot = int(self.written[0]) % self.slots
         for k, v in zip(Row._fields, (image, action, reward, is_first, is_terminal)):
             self.rows[k][:, slot] = v
-        self.written[0] += 1  # last: a row exists once it is whole
+        self.written[:] = self.written[0] + 1  # last: a row exists once it is whole
 
     def sample(self, batch_size: int, seq_len: int) -> dict[str, Tensor]:
         """Uniformly drawn sequences: a dict of Row's fields, time-major (T, B, ...).
@@ -1184,8 +1186,7 @@ class Envs:
         self.totals = np.zeros((self.num_envs, 2))  # score and decisions so far
         action = np.zeros((self.num_envs, self.num_actions), np.float32)
         self.done = np.zeros(self.num_envs, bool)
-        zeros = np.zeros(self.num_envs, np.float32)
-        return Row(images, action, zeros, ~self.done, self.done)
+        return Row(images, action, action[:, 0], ~self.done, self.done)
 
     def step(self, action: np.ndarray) -> Row:
         """Play actions (N, A). Then self.done: whose episode ended with this row;
@@ -1311,11 +1312,10 @@ class Metrics:
         now = counters | {"time": time.time()}
         seconds = max(now["time"] - self.before["time"], 1e-9)
         means = np.mean(self.episodes, 0).tolist() if self.episodes else (None, None)
-        line = counters | dict(
-            episode_return=means[0], episode_length=means[1],
-            **{f"{k}_per_s": (now[k] - self.before[k]) / seconds
-               for k in ("updates", "frames")},
-            **dict(zip(self.names, (self.sums / self.count).tolist())))
+        rates = {f"{k}_per_s": (now[k] - self.before[k]) / seconds
+                 for k in ("updates", "frames")}
+        line = counters | rates | dict(zip(("episode_return", "episode_length"), means))
+        line |= dict(zip(self.names, (self.sums / self.count).tolist()))
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         self.before, self.sums, self.count, self.episodes = now, 0, 0, []
@@ -1453,10 +1453,10 @@ def train(config: Config) -> None:
     agent, folder = new_agent(config), Path(config.logdir)
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with contextlib.closing(sqlite3.connect(folder / "lock", timeout=0)) as lock:
+        with sqlite3.connect(folder / "lock", timeout=0) as lock:
             lock.execute("BEGIN EXCLUSIVE")
             go_on(config, agent)
-    except sqlite3.OperationalError as error:
+    except sqlite3.Error as error:
         raise UsageError(f"{folder} is in use, or not writable: {error}") from None
 
 def go_on(config: Config, agent: Agent) -> None:
