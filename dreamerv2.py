@@ -1278,9 +1278,8 @@ def make_envs(game: str, num_envs: int = 1, seed: int = 0, *, action_repeat: int
         envs = Envs(gymnasium.vector.SyncVectorEnv([make_one] * num_envs), seed)
     except (gymnasium.error.Error, ImportError) as error:
         known = dict.fromkeys(["catch", *roms, *map(plain_name, gymnasium.registry)])
-        near = difflib.get_close_matches(plain_name(game), known)
-        reason = str(error).partition("\n")[0] + f" (near: {', '.join(near) or 'none'})"
-        raise UsageError(f"--game {game} cannot be played: {reason}") from None
+        near = ", ".join(difflib.get_close_matches(plain_name(game), known)) or "none"
+        raise UsageError(f"--game {game}: {error} (near: {near})") from None
     envs.frames_per_step = action_repeat if envs.continuous else 1
     return envs
 
@@ -1597,8 +1596,9 @@ def check(config: Config) -> None:
     for name, value in vars(config).items():
         usual = {int: (1, 10 ** 12), float: (1e-12, 1e12)}.get(type(value))
         low, high = limits.get(name, usual or (value, value))  # text, yes, no: any
+        why = " (--num-envs times --seq-len)" * (low == rows > 2)
         if not low <= value <= high:
-            raise UsageError(f"{flag(name)} {value}: must be from {low} to {high}")
+            raise UsageError(f"{flag(name)} {value}: must be from {low}{why} to {high}")
 
 # What may change between two commands on one folder: it is not part of the experiment.
 FREE = """steps logdir device precision cuda_graphs compile resume eval_episodes

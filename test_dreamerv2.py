@@ -1961,7 +1961,7 @@ BAD = [  # flags, and what the one line must name
     (["--gamma", "1.01"], "--gamma"), (["--gamma", "nan"], "--gamma"),
     (["--model-lr", "0"], "--model-lr"), (["--seed", "-1"], "--seed"),
     (["--sticky", "2"], "--sticky"), (["--num-envs", "0"], "--num-envs"),
-    (["--seq-len", "500"], "--prefill-steps"), (["--replay-capacity", "3"], "capacity"),
+    (["--seq-len", "500"], "--seq-len"), (["--replay-capacity", "3"], "capacity"),
     (["--device", "cuda:9"], "--device"), (["--device", "toaster"], "--device"),
     (["--no-such-flag"], "--no-such-flag"), (["--eval"], "checkpoint"),
     (["--horizon", "1", "--shifted-advantage"], "--horizon"),
