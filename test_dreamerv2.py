@@ -31,6 +31,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 import zlib
 from pathlib import Path
 
@@ -2921,11 +2922,17 @@ def play(config):
     saved = d.load_checkpoint(config, agent)
     if not saved:
         raise d.UsageError(f"--eval: there is no checkpoint.pt in {config.logdir}")
-    envs = d.make_game(config, 1, saved["counters"]["steps"], 2)
+    steps, game = saved["counters"]["steps"], d.plain_name(config.game)
+    envs = d.make_game(config, 1, steps, 2)
     score, length = d.evaluate(agent, envs, config.eval_episodes).T
     print(f"episodes: {len(score)}, mean score {score.mean():.2f}, median"
           f" {np.median(score):.2f}, standard deviation {score.std():.2f},"
           f" mean length {length.mean():.1f} decisions")
+    if game in REFERENCE:
+        gamer, record = (normalized_score(game, score.mean(), x) for x in ("gamer", "record"))
+        frames = steps * envs.frames_per_step
+        print(f"of the gamer {gamer:.3f}, of the record {record:.3f}, after {frames:,} frames;"
+              f" the authors' median, in training: {authors_median(game, frames)}")
 
 
 # The paper's 55 games: raw scores of random play, a human gamer, the human record.
@@ -3040,6 +3047,75 @@ PUBLISHED = {agent: {d.plain_name(row[0]): float(row[i]) for row in ROWS}
              for i, agent in enumerate(AGENTS, 1)}
 
 
+# The authors' own runs: training return, median of 11 seeds, after so many million frames.
+CURVES = """
+game 1 2 3 5 10 20 50 100 199
+alien 388 908 1075 1215 1620 2198 2888 3364 3817
+amidar 28.4 74.6 112.09 172.6 248.5 409.4 921.2 1231 1628
+assault 459.8 745 1178 2404 4885 13636 19572 22629 22759
+asterix 340 660 1125 1985 2595 4795 20395 25270 69650
+asteroids 538 462 502 501 530 609 471 738 3909
+atlantis 12860 25560 57560 746050 949460 953690 997050 1002900 1003820
+bank_heist 129 704 919 1003 1083 1091 1096 1073 1085
+battle_zone 4200 5800 7200 7200 10900 24900 29800 37600 40600
+beam_rider 528 520.4 598.8 715.6 2219 5006 11126 16184 18548
+berzerk 290 436 491 531 585 658 734 746 769
+bowling 21 30.6 37 37.2 46.2 57.6 50 44.4 52.2
+boxing 38 83.3 87 92.6 93.6 74.8 84 90.5 90.3
+breakout 1.5 1.7 2.6 3.7 8.7 16.4 228.3 341.9 455.4
+centipede 2367 3316 3734 4332 5016 6839 8070 10830 11253
+chopper_command 640 760 850 1310 1410 1430 1850 2550 3070
+crazy_climber 26130 65270 84220 105300 117470 128480 136380 144230 160050
+demon_attack 179 305 353.5 1515 2944 17190 42324 102734 76129
+double_dunk -6.8 -2.2 -2 -3.6 -1.6 14.4 18.8 18.4 20
+enduro 55.3 110.3 221.9 564.4 858.7 1600 2120 2238 2194
+fishing_derby -95.8 -86.4 -88.6 -65.6 -12.8 38.4 55.6 62.2 61.6
+freeway 11 31 31.9 32 31.9 32.6 32.6 33 33.6
+frostbite 163 260 600 537 3204 5283 8602 9279 9003
+gopher 794 2696 5048 11280 38992 77764 85286 89194 88914
+gravitar 130 170 195.45 360 475 810 1770 2740 3930
+hero 2082 3153 4146 7105 12239 13730 18756 18799 22149
+ice_hockey -12.1 -7.8 -7.7 -4.6 -1.3 3.1 10.5 18.4 26.3
+james_bond 75 310 425 475 1155 7770 39970 35415 36540
+kangaroo 180 1240 1700 3260 5860 11520 13890 13590 14140
+krull 3930 6995 7773 8208 9034 19600 68690 64120 45283
+kung_fu_master 9770 17410 19390 24690 24890 30620 36720 43710 58620
+montezuma_revenge 0 0 0 0 0 10 40 60 70
+ms_pacman 644 1310 1538 1867 2532 2737 4625 4908 5671
+name_this_game 2700 5606 7565 8715 9468 10881 13102 14795 14818
+phoenix 659 1753 2283 2976 4491 7869 16076 29997 48498
+pitfall -134.3 -10.7 -10 0 0 0 0 0 0
+pong -19 -8.8 -2.9 11.1 18 18.9 19.3 20.2 20.4
+private_eye 50 20 40 74 90 110 190 200 240
+qbert 336.36 662.5 1802 2910 3532 3275 5865 7612 6710
+riverraid 2049 4376 4739 5053 5162 6394 10996 14305 16665
+road_runner 3810 15590 17760 18350 22080 29390 39290 145130 240450
+robotank 4.2 6.5 10.3 13.4 20.9 32.4 55.7 66.6 76.3
+seaquest 348 1150 1490 1826 3278 5356 6496 7644 7600
+skiing -27285 -29960 -29966 -18577 -8992 -9170 -8992 -8994 -8993
+solaris 458 590 776 1078 1156 1164 1048 1098 840
+space_invaders 230.5 416 458 489.5 585.5 729.5 1752 2320 2384
+star_gunner 740 1136 1560 1660 1550 1680 10490 25130 820
+tennis -10.9 -5.6 -6.9 -6.6 -3.5 -0.8 11.17 18.4 19.1
+time_pilot 2810 2840 2750 2790 2510 3840 12660 19880 35350
+tutankham 79 116.1 117.5 124.6 140.8 167.8 205.3 255 275.2
+up_n_down 4176 51544 59822 102356 138035 320819 535391 600700 649198
+venture 0 0 0 0 0 0 0 0 0
+video_pinball 8933 13484 18514 16129 20742 18661 17773 18496 20792
+wizard_of_wor 560 1373 1830 1980 3940 6850 13280 15210 15860
+yars_revenge 5718 9626 13460 18907 22372 40104 95919 109780 137688
+zaxxon 110 1330 2340 3590 7730 15030 41590 47080 48810
+"""
+(_, *MILLIONS), *ROWS = map(str.split, CURVES.strip().splitlines())
+CURVES = {d.plain_name(row[0]): list(map(float, row[1:])) for row in ROWS}
+
+
+def authors_median(game, frames):
+    """Their median at the last point that is not after `frames`, or at the first; a text."""
+    column = max(0, sum(1e6 * float(x) <= frames for x in MILLIONS) - 1)
+    return f"{CURVES[game][column]:g} at {MILLIONS[column]}M frames"
+
+
 def finished_run(path):
     """A metrics.jsonl -> config, frames, score; ValueError says why it has none."""
     try:
@@ -3142,6 +3218,27 @@ def test_normalized_score_by_hand():
     assert d.plain_name("CarRacing-v2") != d.plain_name("CarRacing-v3")  # two games
     from ale_py.roms import get_all_rom_ids
     assert set(REFERENCE) <= {d.plain_name(rom) for rom in get_all_rom_ids()}
+
+
+def test_eval_compares_with_the_published_scores(tmp_path, capsys):
+    assert set(CURVES) == set(REFERENCE)
+    assert {len(row) for row in CURVES.values()} == {len(MILLIONS)}
+    assert authors_median("boxing", 0) == "38 at 1M frames"
+    assert authors_median("boxing", 1_999_999) == "38 at 1M frames"
+    assert authors_median("upndown", 2e6) == "51544 at 2M frames"
+    assert authors_median("breakout", 2e8) == "455.4 at 199M frames"
+    flags = ("--preset", "debug", "--logdir", tmp_path, "--game", "Pong")
+    assert run(*flags, "--steps", 210, "--eval-episodes", 3) == 0
+    before = contents(tmp_path)
+    assert run("--logdir", tmp_path, "--eval") == 0
+    out = capsys.readouterr().out
+    mean = float(re.search(r"episodes: 3, mean score (-?[\d.]+), median", out)[1])
+    gamer, record = map(float, re.search(
+        r"of the gamer (-?[\d.]+), of the record (-?[\d.]+), after 840 frames;", out).groups())
+    assert gamer == pytest.approx((mean + 20.7) / 35.3, abs=0.001)
+    assert record == pytest.approx((mean + 20.7) / 41.7, abs=0.001)
+    assert out.endswith(f"in training: {authors_median('pong', 840)}\n")
+    assert contents(tmp_path) == before
 
 
 def a_run(folder, game, seed, returns, steps=1_000_000):
@@ -3341,6 +3438,73 @@ def test_departures_name_a_flag_or_a_test_that_exists():
         assert flags or tests, item
         assert all(hasattr(d.Config(), f.replace("-", "_")) for f in flags), item
         assert all(t in known for t in tests), item
+
+
+def test_every_part_runs_alone_after_those_before_it():
+    """Cell by cell, as editors run it: each defines its names, and its examples need no later
+    one. Nothing but names comes of it."""
+    module = types.ModuleType("cells")
+    sys.modules["cells"] = module
+    cells = re.split(r"^(?=# %% Part)", SOURCE, flags=re.M)
+    assert len(cells) == 13
+    examples = 0
+    try:
+        for cell in cells:
+            before = set(vars(module))
+            exec(compile(cell, "cell", "exec"), vars(module))
+            for name in set(vars(module)) - before - {"__builtins__", "__annotations__"}:
+                piece = getattr(module, name)
+                if getattr(piece, "__module__", "") != "cells":
+                    continue
+                for example in doctest.DocTestFinder().find(piece, name, module):
+                    result = doctest.DocTestRunner(verbose=False).run(example)
+                    assert result.failed == 0, name
+                    examples += result.attempted
+    finally:
+        del sys.modules["cells"]
+    assert examples == sum(len(x.examples) for x in doctest.DocTestFinder().find(d))
+
+
+# Lines without which it would still run, and learn badly or the wrong thing. Beside each the
+# file says what breaks; what is left when it is gone; the tests that must fail then.
+CRUCIAL = [
+    ("return sample + (probs - probs.detach())", "return sample", "doctest"),
+    ("return alpha * train_prior + (1 - alpha) * train_posterior, train_prior.detach()",
+     "return train_prior, train_prior.detach()", "balanced"),
+    ("update = torch.sigmoid(update - 1)", "update = torch.sigmoid(update)", "parity_gru"),
+    ("keep = (~is_first).to(embed.dtype)[:, None]", "keep = torch.ones_like(embed[:, :1])",
+     "is_first"),
+    ("action = actor(features[-1].detach()).rsample()",
+     "action = actor(features[-1]).rsample()", "dynamics"),
+    ("advantage = (returns - baseline).detach()", "advantage = returns - baseline",
+     "constants or by_hand or parity_behaviour"),
+    ("self.slow_critic.load_state_dict(self.critic.state_dict())  # in place", "pass",
+     "slow_critic"),
+    ("discount = torch.cat([true_discount[None], discount])",
+     "discount = self.world_model.predict_discount(features[:-1])", "true_start"),
+    ('batch["is_first"][0] = True', "pass", "replay"),
+    ("played = (~is_first).astype(np.float32)", "played = np.ones(len(is_first), np.float32)",
+     "blank or aligned"),
+    ("reward_target = reward.tanh() if reward_tanh else reward", "reward_target = reward",
+     "reward_tanh or parity_world"),
+    ("loss.backward(inputs=self.weights)", "loss.backward()", "flow or own"),
+]
+
+
+@pytest.mark.parametrize("line, rest, tests", CRUCIAL, ids=[x[0][:30] for x in CRUCIAL])
+def test_a_crucial_line_is_explained_and_missed(line, rest, tests, tmp_path):
+    """Mutation tests: the file without the line fails the tests that are named."""
+    assert SOURCE.count(line + "\n") == 1
+    above = "\n".join(SOURCE[:SOURCE.index(line)].splitlines()[-10:])
+    assert re.search("ithout|keeps the three learners apart|tames", above)
+    for name in (".ci", "README.md", "test_dreamerv2.py"):
+        (tmp_path / name).symlink_to(HERE / name)
+    (tmp_path / "dreamerv2.py").write_text(
+        SOURCE.replace(line + "\n", rest + "\n"), encoding="utf-8")
+    out = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", tests],
+        cwd=tmp_path, capture_output=True, text=True)
+    assert out.returncode == 1 and " failed" in out.stdout, out.stdout[-500:]
 
 
 def test_only_agent_and_part_12_read_the_config():
