@@ -182,6 +182,7 @@ class Config:
     log_every_steps: int = 2_500  # decisions between lines of metrics.jsonl
     eval_every_steps: int = 100_000  # decisions between evaluations
     eval_episodes: int = 1  # episodes of an evaluation, 0: none; authors' code: 1
+    eval_mode: str = "mode"  # mode | sample: what --eval takes of the policy
     checkpoint_every_steps: int = 100_000  # decisions between checkpoints
     checkpoint_minutes: float = 1.0  # the most minutes between them
     resume: str = "latest"  # latest | previous: the checkpoint to go on from
@@ -806,8 +807,7 @@ def actor_loss(log_prob: Tensor, entropy: Tensor, returns: Tensor, baseline: Ten
                  + (1 - reinforce_mix) * returns
                  + entropy_scale * entropy)
     loss = -(weights * objective).mean()
-    return loss, dict(actor_loss=loss.detach(), actor_entropy=entropy.detach().mean(),
-                      advantage=advantage.mean())
+    return loss, dict(actor_loss=loss.detach(), actor_entropy=entropy.detach().mean())
 
 # %% Part 8 | Agent (Eq. 3)
 # The actor a_t ~ p(a_t | z_t) and the critic v(z_t) ≈ E Σ_{τ≥t} γ^{τ-t} r_τ [Eq. 3], on
@@ -1321,8 +1321,8 @@ class Metrics:
         return line
 
 def __getattr__(name: str):
-    """What measures is in test_dreamerv2.py, and is found here: these five names."""
-    if name not in "benchmark play scores normalized_score summarize_scores".split():
+    """What measures and draws is in test_dreamerv2.py, and is found here."""
+    if name not in "COMMANDS scores normalized_score summarize_scores".split():
         raise AttributeError(name)
     sys.modules.setdefault("dreamerv2", sys.modules[__name__])  # that file imports this
     import test_dreamerv2
@@ -1350,11 +1350,11 @@ def choose(agent: Agent | None, envs: Envs, row: Row, memory, greedy: bool = Fal
     action, memory = agent.act(**seen, memory=memory, greedy=greedy)
     return action.cpu().numpy(), memory  # the one wait of a decision for a GPU
 
-def evaluate(agent: Agent, envs: Envs, episodes: int) -> np.ndarray:
-    """Raw score and decisions (episodes, 2) of whole episodes of the actor's mode."""
+def evaluate(agent: Agent, envs: Envs, episodes: int, greedy=True) -> np.ndarray:
+    """Raw score and decisions (episodes, 2) of whole episodes; greedy: see act."""
     row, memory, ended = envs.reset(), None, []
     while len(ended) < episodes:
-        action, memory = choose(agent, envs, row, memory, greedy=True)
+        action, memory = choose(agent, envs, row, memory, greedy)
         row = envs.step(action)
         ended += envs.ended
     return np.array(ended[:episodes])
@@ -1428,7 +1428,7 @@ def pick_device(config: Config) -> torch.device:
     return torch.device(name)
 
 def make_game(config: Config, num_envs: int, *key: int) -> Envs:
-    """The game; `key` makes its seed: decisions, then 0 train, 1 evaluate, 2 play."""
+    """The game; `key` seeds it: decisions, then 0 train 1 evaluate 2 play 3 dream."""
     seed = int(np.random.default_rng((config.seed, *key)).integers(2 ** 30))
     rules = ("action_repeat", "sticky", "noops", "time_limit", "full_action_space")
     return make_envs(config.game, num_envs, seed,
@@ -1562,10 +1562,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.error = error
     parser.set_defaults(command=train)
     add, group = parser.add_mutually_exclusive_group().add_argument, parser
-    add("--eval", dest="command", action="store_const", help="play with the agent",
-        const=lambda config: __getattr__("play")(config))
-    add("--benchmark", dest="command", action="store_const", help="measure speed",
-        const=lambda config: __getattr__("benchmark")(config))
+    for name, what in dict(eval="play with the agent", dream="draw what it predicts",
+                           benchmark="measure speed").items():
+        add("--" + name, dest="command", action="store_const", help=what,
+            const=lambda config, name=name: __getattr__("COMMANDS")[name](config))
     add("--scores", dest="command", metavar="FOLDER", help="scores of finished runs",
         type=lambda folder: lambda config: __getattr__("scores")(folder))
     choices = dict(preset=PRESETS, resume=("latest", "previous"))
@@ -1601,8 +1601,8 @@ def check(config: Config) -> None:
             raise UsageError(f"{flag(name)} {value}: must be from {low}{why} to {high}")
 
 # What may change between two commands on one folder: it is not part of the experiment.
-FREE = """steps logdir device precision cuda_graphs compile resume eval_episodes
-log_every_steps eval_every_steps checkpoint_every_steps checkpoint_minutes""".split()
+FREE = """logdir device precision cuda_graphs compile resume eval_mode eval_every_steps
+steps eval_episodes log_every_steps checkpoint_every_steps checkpoint_minutes""".split()
 
 def parse_config(argv: list[str]):
     """Command line -> checked Config and what to do with it. Flags go over the settings
@@ -1617,7 +1617,7 @@ def parse_config(argv: list[str]):
     path = Path(config.logdir, "config.json")
     if config.resume == "previous" and not path.with_name("previous.pt").exists():
         raise UsageError(f"--resume previous: no previous.pt in {config.logdir}")
-    if any(path.parent.glob("*.pt")) and (command is train or "--eval" in argv):
+    if any(path.parent.glob("*.pt")) and not {"--benchmark", "--scores"} & set(argv):
         try:
             before = json.loads(path.read_text(encoding="utf-8"))
             if plain_name(config.game) == plain_name(before["game"]):

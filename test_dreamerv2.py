@@ -10,8 +10,8 @@
     crash safety  kills, damaged files, full disks, numbers that are not finite
     replay, environments, running, scores, learning, the file itself
 
-Below the tests of speed and scores lies what `dreamerv2.py --benchmark`, `--eval` and
-`--scores` run, and the published scores.
+Among the tests of speed, pictures and scores lies what `dreamerv2.py --benchmark`, `--eval`,
+`--dream` and `--scores` run, and the published scores.
 """
 import ast
 import contextlib
@@ -27,6 +27,7 @@ import os
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
@@ -51,6 +52,12 @@ SOURCE = (HERE / "dreamerv2.py").read_text(encoding="utf-8")
 TREE = ast.parse(SOURCE)
 DEBUG = d.PRESETS["debug"]
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path_factory, monkeypatch):
+    """Pictures and runs without a --logdir come into the current folder: not into this one."""
+    monkeypatch.chdir(tmp_path_factory.mktemp("here"))
 
 
 def tiny_agent(num_actions=3, **settings):
@@ -1920,7 +1927,7 @@ FLAGS = dict(
     checkpoint_minutes=0.001, checkpoint_every_steps=150, precision="bf16", cuda_graphs=False,
     compile=bool(shutil.which("c++")),  # torch.compile needs a C++ compiler
     discount_head=False, reward_tanh=False, anneal_steps=200, reinforce_mix_end=0.7,
-    entropy_scale_end=1e-4, layer_norm=False, reward_gradients=False, kl_balancing=False,
+    eval_mode="sample", entropy_scale_end=1e-4, layer_norm=False, reward_gradients=False, kl_balancing=False,
     discrete_latents=False, policy_reinforce=False, image_gradients=False)
 
 
@@ -1981,7 +1988,7 @@ BAD = [  # flags, and what the one line must name
     (["--checkpoint-every-steps", "-5"], "--checkpoint-every-steps"),
     (["--eval-episodes", "-1"], "--eval-episodes"), (["--device", "cuda"], "--device"),
     (["--eval", "--eval-episodes", "0"], "--eval-episodes 0"),
-    (["--eval", "--resume", "previous"], "previous.pt"),
+    (["--eval", "--resume", "previous"], "previous.pt"), (["--dream"], "--dream"),
     (["--kl-balance", "1.2"], "--kl-balance"), (["--time-limit", "0"], "--time-limit"),
     (["--num-classes", "1"], "--num-classes"), (["--noops", "0"], "--noops"),
     (["--action-repeat", "-4"], "--action-repeat"), (["--seq-len", "0"], "--seq-len"),
@@ -2914,17 +2921,26 @@ def test_graph_replay_equals_eager():
 
 # ---------------------------------------------------------------------------- scores
 
-def play(config):
-    """dreamerv2.py --eval: whole episodes of the actor's mode; nothing is written."""
-    if not config.eval_episodes:
-        raise d.UsageError("--eval-episodes 0: --eval has nothing to play")
+def trained_agent(config, flag):
+    """The agent of the run's folder and its counters; UsageError where there is none."""
     agent = d.new_agent(config)
     saved = d.load_checkpoint(config, agent)
     if not saved:
-        raise d.UsageError(f"--eval: there is no checkpoint.pt in {config.logdir}")
-    steps, game = saved["counters"]["steps"], d.plain_name(config.game)
-    envs = d.make_game(config, 1, steps, 2)
-    score, length = d.evaluate(agent, envs, config.eval_episodes).T
+        raise d.UsageError(f"{flag}: there is no checkpoint.pt in {config.logdir}")
+    return agent, saved["counters"]
+
+
+def play(config):
+    """dreamerv2.py --eval: whole episodes; then one as an animation, beside what the model
+    sees in it. The run's folder is only read, the picture comes into the current one."""
+    if not config.eval_episodes:
+        raise d.UsageError("--eval-episodes 0: --eval has nothing to play")
+    if config.eval_mode not in ("mode", "sample"):
+        raise d.UsageError(f"--eval-mode {config.eval_mode} is neither mode nor sample")
+    agent, counters = trained_agent(config, "--eval")
+    steps, game = counters["steps"], d.plain_name(config.game)
+    envs, greedy = d.make_game(config, 1, steps, 2), config.eval_mode == "mode"
+    score, length = d.evaluate(agent, envs, config.eval_episodes, greedy).T
     print(f"episodes: {len(score)}, mean score {score.mean():.2f}, median"
           f" {np.median(score):.2f}, standard deviation {score.std():.2f},"
           f" mean length {length.mean():.1f} decisions")
@@ -2933,6 +2949,101 @@ def play(config):
         frames = steps * envs.frames_per_step
         print(f"of the gamer {gamer:.3f}, of the record {record:.3f}, after {frames:,} frames;"
               f" the authors' median, in training: {authors_median(game, frames)}")
+    frames = episode(agent, envs, greedy)
+    save_pictures(config, "eval", np.concatenate(frames, 2))
+
+
+# -------------------------------------------------------------------------- pictures
+
+def write_png(path, frames, milliseconds=0):
+    """Frames (T, H, W, C) uint8, gray or red, green and blue, as a PNG. Several make it an
+    animated one, of which a viewer that knows none shows the first."""
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(
+            ">I", zlib.crc32(name + data))
+
+    count, height, width, channels = frames.shape
+    out = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(
+        ">IIBBBBB", width, height, 8, channels - 1, 0, 0, 0))
+    if count > 1:
+        out += chunk(b"acTL", struct.pack(">II", count, 0))
+    for i, frame in enumerate(frames):
+        lines_of_pixels = np.pad(frame.reshape(height, -1), ((0, 0), (1, 0)))  # filter 0
+        data = zlib.compress(lines_of_pixels.tobytes())
+        if count > 1:
+            out += chunk(b"fcTL", struct.pack(
+                ">IIIIIHHBB", max(0, 2 * i - 1), width, height, 0, 0, milliseconds, 1000, 0, 0))
+        out += (chunk(b"fdAT", struct.pack(">I", 2 * i) + data) if i
+                else chunk(b"IDAT", data))
+    Path(path).write_bytes(out + chunk(b"IEND", b""))
+
+
+def save_pictures(config, name, *pictures):
+    """In the current folder, since --eval and --dream leave the run's own as it is."""
+    for kind, frames in zip(("", "-strip"), pictures):
+        scale = max(1, 800 // frames.shape[2])
+        frames = frames.repeat(scale, 1).repeat(scale, 2)
+        path = f"{Path(config.logdir).resolve().name}-{name}{kind}.png"
+        write_png(path, frames, milliseconds=100)
+        print(f"{path}: {frames.shape[2]} x {frames.shape[1]} pixels, {len(frames)} frames")
+
+
+def to_pixels(image):
+    """Images in [-½, ½], (..., C, H, W) -> (..., H, W, C) uint8."""
+    pixels = ((image + 0.5).clamp(0, 1) * 255).round().byte()
+    return pixels.movedim(-3, -1).cpu().numpy()
+
+
+@torch.no_grad()
+def episode(agent, envs, greedy, longest=500):
+    """What the agent saw, and what its state says of it: two times (T, H, W, C)."""
+    row, memory, frames = envs.reset(), None, []
+    while not envs.done.any() and len(frames) < longest:
+        action, memory = d.choose(agent, envs, row, memory, greedy)
+        feature = d.State(*(memory[k] for k in d.State._fields)).feature
+        truth = agent.world_model.preprocess(torch.from_numpy(row.image))
+        frames.append((to_pixels(truth)[0], to_pixels(agent.world_model.decoder(feature))[0]))
+        row = envs.step(action)
+    return [np.stack(x) for x in zip(*frames)]
+
+
+@torch.no_grad()
+def open_loop(agent, image, action, is_first, context=5):
+    """Truth, model and error (T, 3, B, C, 64, 64) in [-½, ½]: the model sees the first
+    `context` images, then the actions alone. An error of nought is gray."""
+    model = agent.world_model
+    truth = model.preprocess(image)
+    states, _ = model.rssm.observe(
+        model.encoder(truth[:context]), action[:context], is_first[:context])
+    state, features = d.State(*(x[-1] for x in states)), list(states.feature)
+    for t in range(context, len(image)):
+        state = model.rssm.img_step(state, action[t])
+        features.append(state.feature)
+    guess = model.decoder(torch.stack(features)).clamp(-0.5, 0.5)
+    return torch.stack([truth, guess, (guess - truth) / 2], 1)
+
+
+def dream(config, context=5, length=50, sequences=6):
+    """dreamerv2.py --dream: newly played sequences beside the model's own idea of them. An
+    animation, a white line on top while the model sees; and the first two as a film strip, a
+    white line where it closes its eyes."""
+    agent, counters = trained_agent(config, "--dream")
+    envs = d.make_game(config, sequences, counters["steps"], 3)
+    row, memory, rows = envs.reset(), None, []
+    for _ in range(2 * length):  # the later half: not how a game begins
+        rows.append(row)
+        action, memory = d.choose(agent, envs, row, memory)
+        row = envs.step(action)
+    batch = {k: torch.from_numpy(np.stack([getattr(row, k) for row in rows[length:]])).to(
+        agent.device) for k in ("image", "action", "is_first")}
+    batch["is_first"][0] = True
+    pixels = to_pixels(open_loop(agent, **batch, context=context))  # (T, 3, B, H, W, C)
+    T, kinds, B, H, W, C = pixels.shape
+    film = pixels.transpose(0, 1, 3, 2, 4, 5).reshape(T, kinds * H, B * W, C)
+    film[:context, :2] = 255
+    strip = pixels[:, :, :2].transpose(2, 1, 3, 0, 4, 5).reshape(1, 2 * kinds * H, T * W, C)
+    strip[:, :, context * W - 1:context * W + 1] = 255
+    save_pictures(config, "dream", film, strip)
 
 
 # The paper's 55 games: raw scores of random play, a human gamer, the human record.
@@ -3116,6 +3227,115 @@ def authors_median(game, frames):
     return f"{CURVES[game][column]:g} at {MILLIONS[column]}M frames"
 
 
+def read_png(path):
+    """A slow twin of write_png: frames (T, H, W, C), and milliseconds each."""
+    data, at, chunks = path.read_bytes(), 8, []
+    assert data[:8] == bytes([137, 80, 78, 71, 13, 10, 26, 10])
+    while at < len(data):
+        size, name = int.from_bytes(data[at:at + 4], "big"), data[at + 4:at + 8].decode()
+        body = data[at + 8:at + 8 + size]
+        check = int.from_bytes(data[at + 8 + size:at + 12 + size], "big")
+        assert check == zlib.crc32(name.encode() + body)
+        chunks.append((name, body))
+        at += 12 + size
+    assert [chunks[0][0], chunks[-1]] == ["IHDR", ("IEND", b"")]
+    width, height = (int.from_bytes(chunks[0][1][i:i + 4], "big") for i in (0, 4))
+    channels = {0: 1, 2: 3}[chunks[0][1][9]]
+    assert chunks[0][1][8:] == bytes([8, channels - 1, 0, 0, 0])
+    frames, order, milliseconds = [], [], set()
+    for name, body in chunks[1:-1]:
+        if name in ("fcTL", "fdAT"):
+            order.append(int.from_bytes(body[:4], "big"))
+        if name == "fcTL":
+            assert struct.unpack(">IIII", body[4:20]) == (width, height, 0, 0)
+            milliseconds.add(1000 * struct.unpack(">H", body[20:22])[0]
+                             // struct.unpack(">H", body[22:24])[0])
+        if name in ("IDAT", "fdAT"):
+            rows = zlib.decompress(body[4:] if name == "fdAT" else body)
+            rows = np.frombuffer(rows, np.uint8).reshape(height, 1 + width * channels)
+            assert (rows[:, 0] == 0).all()
+            frames.append(rows[:, 1:].reshape(height, width, channels))
+        if name == "acTL":
+            expected = int.from_bytes(body[:4], "big")
+    assert order == list(range(len(order))) and (len(frames) == 1 or expected == len(frames))
+    return np.stack(frames), milliseconds
+
+
+@pytest.mark.parametrize("shape", [(1, 5, 7, 1), (1, 4, 3, 3), (4, 6, 5, 1), (3, 2, 2, 3)])
+def test_pictures_are_pngs(shape, tmp_path):
+    frames = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
+    write_png(tmp_path / "a.png", frames, 40)
+    again, milliseconds = read_png(tmp_path / "a.png")
+    assert (again == frames).all() and milliseconds == ({40} if len(frames) > 1 else set())
+
+
+def test_a_dream_sees_its_context_and_no_image_after_it():
+    agent, batch = tiny_agent(), random_batch(T=12, B=3)
+    found = []
+    for seed, image in ((1, batch["image"]), (1, batch["image"].clone()), (2, batch["image"])):
+        if len(found) == 1:
+            image[5:] = 255 - image[5:]
+        torch.manual_seed(seed)
+        found.append(open_loop(agent, image, batch["action"], batch["is_first"], context=5))
+    a, other_future, other_noise = found
+    assert a.shape == (12, 3, 3, 1, 64, 64) and a.abs().max() <= 0.5
+    torch.testing.assert_close(a[:, 0], agent.world_model.preprocess(batch["image"]))
+    torch.testing.assert_close(a[:, 2], (a[:, 1] - a[:, 0]) / 2)
+    torch.testing.assert_close(a[:, 1], other_future[:, 1])
+    assert not torch.equal(a[:, 0], other_future[:, 0])
+    assert not torch.equal(a[6:, 1], other_noise[6:, 1])
+    changed = batch["image"].clone()
+    changed[2] = 255 - changed[2]
+    torch.manual_seed(1)
+    seen = open_loop(agent, changed, batch["action"], batch["is_first"], context=5)
+    assert torch.equal(seen[:2, 1], a[:2, 1]) and not torch.equal(seen[2, 1], a[2, 1])
+
+
+@pytest.mark.parametrize("game, channels", [("Pong", 1), ("Colours-v0", 3)])
+def test_eval_and_dream_draw_and_leave_the_run_as_it_is(game, channels, tmp_path, monkeypatch,
+                                                        capsys):
+    logdir = tmp_path / "runs" / "one"
+    assert run("--preset", "debug", "--logdir", logdir, "--game", game, "--steps", 210) == 0
+    shutil.rmtree(logdir / "replay")  # the picture needs none
+    before = contents(logdir)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert run("--logdir", logdir, "--dream") == 0
+    assert run("--logdir", logdir, "--eval", "--eval-mode", "sample") == 0
+    out = capsys.readouterr().out
+    assert contents(logdir) == before
+    film, milliseconds = read_png(Path("one-dream.png"))
+    assert film.shape == (50, 2 * 192, 2 * 384, channels) and milliseconds == {100}
+    assert (film[:5, :4] == 255).all() and not (film[5:, :4] == 255).all()
+    strip, _ = read_png(Path("one-dream-strip.png"))
+    assert strip.shape == (1, 384, 3200, channels)
+    assert (strip[0, :, 319:321] == 255).all()
+    truth = strip[0, :64].reshape(64, 50, 64, channels).swapaxes(0, 1)
+    assert (truth[6] == film[6, ::2, ::2][:64, :64]).all()
+    seen, _ = read_png(Path("one-eval.png"))
+    assert seen.shape[1:] == (6 * 64, 6 * 128, channels) and len(seen) <= 81
+    assert {p.name for p in Path().iterdir()} == {
+        "one-dream.png", "one-dream-strip.png", "one-eval.png"}
+    assert "one-dream.png: 768 x 384 pixels, 50 frames" in out
+
+
+def test_eval_takes_the_mode_or_samples(tmp_path, monkeypatch, capsys):
+    assert run("--game", "Catch", "--preset", "debug", "--logdir", tmp_path / "run", "--steps",
+               210) == 0
+    monkeypatch.chdir(tmp_path)
+    taken, real = [], d.Agent.act
+    monkeypatch.setattr(d.Agent, "act", lambda *args, greedy, **kw: (
+        taken.append(greedy), real(*args, greedy=greedy, **kw))[1])
+    for flags, greedy in (((), True), (("--eval-mode", "mode"), True),
+                          (("--eval-mode", "sample"), False)):
+        taken.clear()
+        assert run("--logdir", tmp_path / "run", "--eval", *flags) == 0
+        assert set(taken) == {greedy}
+
+
+COMMANDS = dict(eval=play, dream=dream, benchmark=benchmark)
+
+
 def finished_run(path):
     """A metrics.jsonl -> config, frames, score; ValueError says why it has none."""
     try:
@@ -3220,7 +3440,8 @@ def test_normalized_score_by_hand():
     assert set(REFERENCE) <= {d.plain_name(rom) for rom in get_all_rom_ids()}
 
 
-def test_eval_compares_with_the_published_scores(tmp_path, capsys):
+def test_eval_compares_with_the_published_scores(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     assert set(CURVES) == set(REFERENCE)
     assert {len(row) for row in CURVES.values()} == {len(MILLIONS)}
     assert authors_median("boxing", 0) == "38 at 1M frames"
@@ -3229,7 +3450,6 @@ def test_eval_compares_with_the_published_scores(tmp_path, capsys):
     assert authors_median("breakout", 2e8) == "455.4 at 199M frames"
     flags = ("--preset", "debug", "--logdir", tmp_path, "--game", "Pong")
     assert run(*flags, "--steps", 210, "--eval-episodes", 3) == 0
-    before = contents(tmp_path)
     assert run("--logdir", tmp_path, "--eval") == 0
     out = capsys.readouterr().out
     mean = float(re.search(r"episodes: 3, mean score (-?[\d.]+), median", out)[1])
@@ -3237,8 +3457,7 @@ def test_eval_compares_with_the_published_scores(tmp_path, capsys):
         r"of the gamer (-?[\d.]+), of the record (-?[\d.]+), after 840 frames;", out).groups())
     assert gamer == pytest.approx((mean + 20.7) / 35.3, abs=0.001)
     assert record == pytest.approx((mean + 20.7) / 41.7, abs=0.001)
-    assert out.endswith(f"in training: {authors_median('pong', 840)}\n")
-    assert contents(tmp_path) == before
+    assert f"in training: {authors_median('pong', 840)}\n" in out
 
 
 def a_run(folder, game, seed, returns, steps=1_000_000):
