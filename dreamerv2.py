@@ -180,7 +180,7 @@ class Config:
     weight_decay: float = 1e-6  # every weight shrinks by this share a step; paper: 1e-6
     # Logging
     log_every_steps: int = 2_500  # decisions between lines of metrics.jsonl
-    eval_every_steps: int = 100_000  # decisions between evaluations
+    eval_every_steps: int = 100_000  # decisions between evaluations, and between dreams
     eval_episodes: int = 1  # episodes of an evaluation, 0: none; authors' code: 1
     eval_mode: str = "mode"  # mode | sample: what --eval takes of the policy
     checkpoint_every_steps: int = 100_000  # decisions between checkpoints
@@ -561,17 +561,15 @@ class RSSM(nn.Module):
         """A whole sequence with images.
         embeds (T, B, E), actions (T, B, A), is_first (T, B) bool -> posterior states
         and prior logits over (T, B). `state` precedes step 0; None starts from zeros.
-        obs_step, T times, with all that needs no result of the step before taken out of
-        the loop. A linear layer of a concatenation is a sum, W [h, e] + b = W_h h +
-        (W_e e + b): the embedding's part and the action's are one product each for all
-        T. The prior, which nothing in the loop reads, waits for the end.
+        obs_step, T times, but what needs no result of the step before is outside of the
+        loop. A linear layer of a concatenation is a sum, W [h, e] + b = W_h h + (W_e e
+        + b): embeddings and actions take one product for all T, and so does the prior.
         """
         assert embeds.shape[:2] == actions.shape[:2] == is_first.shape, \
             "embeds, actions and is_first must agree on (T, B)"
-        latent_size = math.prod(self.latent_shape)
         keep = (~is_first).to(embeds.dtype).unsqueeze(-1)  # 0 where an episode starts
         z_weight, action_weight = self.img_in.weight.split(
-            [latent_size, self.action_dim], 1)
+            [math.prod(self.latent_shape), self.action_dim], 1)
         h_weight, embed_weight = self.post_in.weight.split(
             [self.deter_size, embeds.shape[-1]], 1)
         from_action = F.linear(actions * keep, action_weight, self.img_in.bias)
@@ -844,11 +842,10 @@ class Optimizer:
         return norm
 
 class CudaGraph:
-    """Plays a function back on the GPU as one recording, where Python would launch its
-    many small kernels one by one, slower than the GPU runs them. Noise is always new.
-    function: dict of tensors -> dict of tensors; it reads no number back. For each set
-    of options and shapes three calls run plainly, to warm up; the fourth records and
-    plays. Inputs are copied in, outputs out."""
+    """Plays a function back on the GPU as one recording: from Python its many small
+    kernels start slower than the GPU runs them. Noise is always new. function: dict of
+    tensors -> dict of tensors, reads no number back. For each set of options and shapes
+    three calls run plainly, the fourth records. Inputs are copied in, outputs out."""
     def __init__(self, function):
         self.function, self.stream = function, torch.cuda.Stream()
         self.calls, self.graphs = {}, {}
@@ -1013,7 +1010,6 @@ class Agent(nn.Module):
             returns[self.shift:], baseline[:end], weights[:end],
             entropy_scale=self.entropy_scale, reinforce_mix=self.reinforce_mix)
         metrics |= critic_metrics | actor_metrics
-
         metrics["actor_grad_norm"] = self.optimizers["actor"].step(loss_of_actor)
         metrics["critic_grad_norm"] = self.optimizers["critic"].step(loss_of_critic)
         return metrics
@@ -1273,7 +1269,6 @@ def make_envs(game: str, num_envs: int = 1, seed: int = 0, *, action_repeat: int
         if isinstance(env.action_space, gymnasium.spaces.Box):
             env = gymnasium.wrappers.RepeatAction(env, action_repeat)
         return gymnasium.wrappers.TimeLimit(env, time_limit)
-
     try:
         envs = Envs(gymnasium.vector.SyncVectorEnv([make_one] * num_envs), seed)
     except (gymnasium.error.Error, ImportError) as error:
@@ -1322,7 +1317,7 @@ class Metrics:
 
 def __getattr__(name: str):
     """What measures and draws is in test_dreamerv2.py, and is found here."""
-    if name not in "COMMANDS scores normalized_score summarize_scores".split():
+    if name not in "COMMANDS Watch scores normalized_score summarize_scores".split():
         raise AttributeError(name)
     sys.modules.setdefault("dreamerv2", sys.modules[__name__])  # that file imports this
     import test_dreamerv2
@@ -1360,8 +1355,7 @@ def evaluate(agent: Agent, envs: Envs, episodes: int, greedy=True) -> np.ndarray
     return np.array(ended[:episodes])
 
 def write_whole(path: Path, data, keep: Path | None = None) -> None:
-    """Write beside, then rename over: at any instant there is a whole file, the old one
-    or the new. `keep` is the name that the old one gets."""
+    """Write beside, rename over: always a whole file. keep: the old one's new name."""
     beside = path.with_name("new.tmp")
     with open(beside, "wb") as file:
         file.write(data)
@@ -1498,6 +1492,11 @@ def learn(config, agent: Agent, envs: Envs, replay: Replay, counters: dict) -> N
                       frames=counters["steps"] * frames)
     memory, batch, scores, stop, ending, last = None, None, {}, [], False, time.time()
     replay.add(*(row := envs.reset()))
+    try:
+        watch = __getattr__("Watch")(config, counters["steps"])
+    except ImportError as error:  # this file alone
+        watch = None
+        print(f"no pictures of dreams, no TensorBoard: {error}")
     bar = tqdm(total=config.steps, initial=counters["steps"], unit="step", miniters=1)
 
     def draw() -> dict[str, Tensor]:
@@ -1536,6 +1535,8 @@ def learn(config, agent: Agent, envs: Envs, replay: Replay, counters: dict) -> N
             line = metrics.write(
                 step=steps, frames=steps * frames, updates=agent.updates,
                 episodes=counters["episodes"], wall_time_s=counters["time"], **scores)
+            if watch:
+                watch(line, agent, replay)
             scores = {}
             bar.set_postfix({k: line[k] for k in (
                 "frames", "episode_return", "updates_per_s")})
@@ -1555,7 +1556,6 @@ def build_parser() -> argparse.ArgumentParser:
     """One flag for each field of Config; its help is the comment beside the field."""
     def error(message):  # one line, like every other complaint
         raise UsageError(message)
-
     parser = argparse.ArgumentParser(
         prog="dreamerv2.py", allow_abbrev=False,
         description="DreamerV2. Trains, or goes on with the run that its folder holds.")

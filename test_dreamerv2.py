@@ -1712,9 +1712,10 @@ def test_main_job(tmp_path):
     assert rows[-1]["frames"] == 3200
     assert rows[-1]["updates"] == (800 - DEBUG["prefill_steps"]) // 4
     assert "eval_return" in rows[0] and "eval_return" in rows[-1]
-    found = {p.name for p in (tmp_path / "run").iterdir()}
+    found = {p.name for p in (tmp_path / "run").iterdir() if "tfevents" not in p.name}
     assert found == {"config.json", "metrics.jsonl", "checkpoint.pt", "previous.pt", "lock",
-                     "replay"}
+                     "replay", "dream.png", "dream-000000400-strip.png",
+                     "dream-000000800-strip.png"}
 
 
 def test_run_resumes_without_a_burst(tmp_path, capsys):
@@ -2393,7 +2394,8 @@ def test_what_a_start_writes_is_written_whole(tmp_path, monkeypatch):
         wholes.append(path.name), real(path, *args)))
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     assert run("--game", "Catch", "--preset", "debug", "--steps", 210, "--logdir", tmp_path) == 0
-    assert wholes == ["config.json", "checkpoint.pt", "checkpoint.pt"]
+    assert wholes == ["config.json", "checkpoint.pt", "dream.png", "dream-000000210-strip.png",
+                      "checkpoint.pt"]
     assert [row["step"] for row in lines(tmp_path)] == [1, 210]
 
 
@@ -2496,7 +2498,7 @@ def test_a_game_that_hangs_does_not_take_the_replay_with_it(tmp_path):
              "--checkpoint-every-steps", "100")
     job = subprocess.Popen([sys.executable, script, HERE, *flags], text=True,
                            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    while "hangs" not in job.stdout.readline():
+    while job.stdout.readline() != "hangs\n":
         assert job.poll() is None
     for _ in range(2):
         job.send_signal(signal.SIGINT)
@@ -2772,7 +2774,8 @@ def test_emulators_play_while_the_learner_learns(tmp_path, monkeypatch):
     assert run("--game", "Catch", "--preset", "debug", "--logdir", tmp_path, "--steps", 240,
                "--eval-episodes", 0) == 0
     text = " ".join(events)
-    assert text.count("train_step") == 10 and text.count("sample") == 11
+    assert text.endswith("receive sample")  # for the dream at the end
+    assert text.count("train_step") == 10 and text.count("sample") == 11 + 1
     assert text.count("send train_step sample receive") == 9  # the next batch in advance
     assert text.count("send sample train_step sample receive") == 1  # and the first one
     monkeypatch.undo()
@@ -2956,9 +2959,9 @@ def play(config):
 
 # -------------------------------------------------------------------------- pictures
 
-def write_png(path, frames, milliseconds=0):
-    """Frames (T, H, W, C) uint8, gray or red, green and blue, as a PNG. Several make it an
-    animated one, of which a viewer that knows none shows the first."""
+def to_png(frames, milliseconds=100):
+    """Frames (T, H, W, C) uint8, gray or red, green and blue, as the bytes of a PNG. Several
+    make it an animated one, of which a viewer that knows none shows the first."""
     def chunk(name, data):
         return struct.pack(">I", len(data)) + name + data + struct.pack(
             ">I", zlib.crc32(name + data))
@@ -2976,16 +2979,20 @@ def write_png(path, frames, milliseconds=0):
                 ">IIIIIHHBB", max(0, 2 * i - 1), width, height, 0, 0, milliseconds, 1000, 0, 0))
         out += (chunk(b"fdAT", struct.pack(">I", 2 * i) + data) if i
                 else chunk(b"IDAT", data))
-    Path(path).write_bytes(out + chunk(b"IEND", b""))
+    return out + chunk(b"IEND", b"")
+
+
+def enlarge(frames):
+    """Whole pixels, so that a picture is about 800 wide."""
+    scale = max(1, 800 // frames.shape[2])
+    return frames.repeat(scale, 1).repeat(scale, 2)
 
 
 def save_pictures(config, name, *pictures):
     """In the current folder, since --eval and --dream leave the run's own as it is."""
-    for kind, frames in zip(("", "-strip"), pictures):
-        scale = max(1, 800 // frames.shape[2])
-        frames = frames.repeat(scale, 1).repeat(scale, 2)
-        path = f"{Path(config.logdir).resolve().name}-{name}{kind}.png"
-        write_png(path, frames, milliseconds=100)
+    for kind, frames in zip(("", "-strip"), map(enlarge, pictures)):
+        path = Path(f"{Path(config.logdir).resolve().name}-{name}{kind}.png")
+        path.write_bytes(to_png(frames))
         print(f"{path}: {frames.shape[2]} x {frames.shape[1]} pixels, {len(frames)} frames")
 
 
@@ -3024,10 +3031,22 @@ def open_loop(agent, image, action, is_first, context=5):
     return torch.stack([truth, guess, (guess - truth) / 2], 1)
 
 
-def dream(config, context=5, length=50, sequences=6):
-    """dreamerv2.py --dream: newly played sequences beside the model's own idea of them. An
-    animation, a white line on top while the model sees; and the first two as a film strip, a
-    white line where it closes its eyes."""
+def draw_dream(agent, batch, context=5):
+    """Sequences (T, B, ...) beside the model's own idea of them, as frames (T', H', W', C): an
+    animation, a white line on top while the model sees; and the first two sequences as a film
+    strip of one frame, a white line where it closes its eyes."""
+    batch = {k: batch[k] for k in ("image", "action", "is_first")}
+    pixels = to_pixels(open_loop(agent, **batch, context=context))  # (T, 3, B, H, W, C)
+    T, kinds, B, H, W, C = pixels.shape
+    film = pixels.transpose(0, 1, 3, 2, 4, 5).reshape(T, kinds * H, B * W, C)
+    film[:context, :2] = 255
+    strip = pixels[:, :, :2].transpose(2, 1, 3, 0, 4, 5).reshape(1, -1, T * W, C)
+    strip[:, :, context * W - 1:context * W + 1] = 255
+    return film, strip
+
+
+def dream(config, length=50, sequences=6):
+    """dreamerv2.py --dream: the model's idea of newly played sequences, see draw_dream."""
     agent, counters = trained_agent(config, "--dream")
     envs = d.make_game(config, sequences, counters["steps"], 3)
     row, memory, rows = envs.reset(), None, []
@@ -3038,13 +3057,44 @@ def dream(config, context=5, length=50, sequences=6):
     batch = {k: torch.from_numpy(np.stack([getattr(row, k) for row in rows[length:]])).to(
         agent.device) for k in ("image", "action", "is_first")}
     batch["is_first"][0] = True
-    pixels = to_pixels(open_loop(agent, **batch, context=context))  # (T, 3, B, H, W, C)
-    T, kinds, B, H, W, C = pixels.shape
-    film = pixels.transpose(0, 1, 3, 2, 4, 5).reshape(T, kinds * H, B * W, C)
-    film[:context, :2] = 255
-    strip = pixels[:, :, :2].transpose(2, 1, 3, 0, 4, 5).reshape(1, 2 * kinds * H, T * W, C)
-    strip[:, :, context * W - 1:context * W + 1] = 255
-    save_pictures(config, "dream", film, strip)
+    save_pictures(config, "dream", *draw_dream(agent, batch))
+
+
+class Watch:
+    """What a run shows while it trains, called with every line of its metrics: scalars in
+    TensorBoard, where that is installed; every eval_every_steps decisions and at the end,
+    dreams of sequences from the replay, in the run's folder. The run itself goes on as if
+    nobody watched: its draws from the replay and its noise are not touched."""
+
+    def __init__(self, config, steps):
+        self.config, self.last, self.board = config, steps, None
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+            # Lines that a kill made superfluous, after the checkpoint, disappear there too.
+            self.board = SummaryWriter(config.logdir, purge_step=steps + 1)
+            print(f"TensorBoard: tensorboard --logdir {config.logdir}")
+        except ImportError:
+            print(f"TensorBoard is not installed; dreams and numbers: {config.logdir}")
+
+    def __call__(self, line, agent, replay):
+        steps, every, folder = line["step"], self.config.eval_every_steps, self.config.logdir
+        due = steps // every > self.last // every or steps >= self.config.steps
+        self.last, length = steps, min(50, len(replay) // replay.num_envs)
+        if due and length > 5:  # more than the context
+            draws, replay.random = replay.random, np.random.default_rng(steps)
+            batch = d.upload(replay.sample(6, length), agent.device)
+            replay.random = draws
+            with torch.random.fork_rng(devices=[]):
+                film, strip = draw_dream(agent, batch)
+            for name, frames in (("dream", film), (f"dream-{steps:09}-strip", strip)):
+                d.write_whole(Path(folder, f"{name}.png"), to_png(enlarge(frames)))
+            if self.board:
+                self.board.add_image("dream", strip[0], steps, dataformats="HWC")
+        if self.board:
+            for name, value in line.items():
+                if value is not None:
+                    self.board.add_scalar(name, value, steps)
+            self.board.flush()
 
 
 # The paper's 55 games: raw scores of random play, a human gamer, the human record.
@@ -3234,7 +3284,7 @@ def authors_median(game, frames):
 
 
 def read_png(path):
-    """A slow twin of write_png: frames (T, H, W, C), and milliseconds each."""
+    """A slow twin of to_png: frames (T, H, W, C), and milliseconds each."""
     data, at, chunks = path.read_bytes(), 8, []
     assert data[:8] == bytes([137, 80, 78, 71, 13, 10, 26, 10])
     while at < len(data):
@@ -3270,7 +3320,7 @@ def read_png(path):
 @pytest.mark.parametrize("shape", [(1, 5, 7, 1), (1, 4, 3, 3), (4, 6, 5, 1), (3, 2, 2, 3)])
 def test_pictures_are_pngs(shape, tmp_path):
     frames = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
-    write_png(tmp_path / "a.png", frames, 40)
+    (tmp_path / "a.png").write_bytes(to_png(frames, 40))
     again, milliseconds = read_png(tmp_path / "a.png")
     assert (again == frames).all() and milliseconds == ({40} if len(frames) > 1 else set())
 
@@ -3333,6 +3383,120 @@ def test_eval_takes_the_mode_or_samples(tmp_path, monkeypatch, capsys):
         taken.clear()
         assert run("--logdir", tmp_path / "run", "--eval", *flags) == 0
         assert set(taken) == {greedy}
+
+
+class FakeBoard:
+    """Stands in for TensorBoard's SummaryWriter, and keeps what it is given."""
+
+    def __init__(self, folder, purge_step):
+        self.folder, self.purge_step, self.scalars, self.images = folder, purge_step, {}, {}
+        self.unwritten = 0
+        boards.append(self)
+
+    def add_scalar(self, name, value, step):
+        self.scalars.setdefault(step, {})[name] = value
+        self.unwritten += 1
+
+    def add_image(self, name, image, step, dataformats):
+        assert (name, dataformats) == ("dream", "HWC")
+        self.images[step] = image
+
+    def flush(self):
+        self.unwritten = 0
+
+
+boards = []
+
+
+@pytest.fixture
+def board(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard",
+                        types.SimpleNamespace(SummaryWriter=FakeBoard))
+    boards.clear()
+    return boards
+
+
+def test_a_run_shows_itself_while_it_trains(tmp_path, board, capsys):
+    flags = ("--game", "Catch", "--preset", "debug", "--logdir", tmp_path)
+    assert run(*flags, "--steps", 500, "--log-every-steps", 100, "--eval-every-steps", 300,
+               "--eval-episodes", 0) == 0
+    assert f"TensorBoard: tensorboard --logdir {tmp_path}" in capsys.readouterr().out
+    assert run(*flags, "--steps", 700) == 0  # a dream at 600, and at the end
+    first, second = board
+    assert (first.folder, first.purge_step, second.purge_step) == (str(tmp_path), 1, 501)
+    shown = first.scalars | second.scalars
+    assert [shown[r["step"]] for r in lines(tmp_path)] == [
+        {k: v for k, v in r.items() if v is not None} for r in lines(tmp_path)]
+    assert first.unwritten == second.unwritten == 0
+    assert [sorted(b.images) for b in board] == [[300, 500], [600, 700]]
+    assert {p.name for p in tmp_path.glob("*.png")} == {
+        "dream.png", *(f"dream-000000{n}-strip.png" for n in (300, 500, 600, 700))}
+    film, milliseconds = read_png(tmp_path / "dream.png")
+    assert film.shape == (50, 2 * 192, 2 * 384, 1) and milliseconds == {100}
+    played = {x.tobytes() for x in np.load(tmp_path / "replay" / "rows.npy")["image"][0]}
+    dreams = set()
+    for step in (300, 500, 600, 700):
+        strip, _ = read_png(tmp_path / f"dream-000000{step}-strip.png")
+        assert strip.shape == (1, 384, 3200, 1)
+        assert step not in first.images or (strip == first.images[step]).all()
+        truth = strip[0, :64].reshape(64, 50, 64).swapaxes(0, 1)
+        assert all(x.tobytes() in played for x in truth[6:])  # the white line aside
+        dreams.add(strip.tobytes())
+    assert len(dreams) == 4
+
+
+def test_a_run_goes_on_as_if_nobody_watched(tmp_path, monkeypatch, board, capsys):
+    """Nor does it need the file that draws."""
+    found = []
+    for name in ("watched", "alone"):
+        assert run("--game", "Catch", "--preset", "debug", "--eval-every-steps", 250,
+                   "--logdir", tmp_path / name) == 0
+        saved = torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)
+        rows = [{k: v for k, v in r.items() if not re.search("_s$", k)}
+                for r in lines(tmp_path / name)]
+        found.append((rows, repr(saved["sampling"]), saved["noise"]["cpu"].tolist()))
+        monkeypatch.setitem(sys.modules, "test_dreamerv2", None)
+    assert found[0] == found[1] and len(board) == 1
+    assert (tmp_path / "watched" / "dream.png").exists()
+    assert not list((tmp_path / "alone").glob("*.png"))
+    assert capsys.readouterr().out.count("no pictures of dreams, no TensorBoard: ") == 1
+
+
+def test_without_tensorboard_it_says_so_and_draws_all_the_same(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert run("--game", "Catch", "--preset", "debug", "--logdir", tmp_path) == 0
+    assert capsys.readouterr().out.count("TensorBoard is not installed") == 1
+    assert (tmp_path / "dream.png").exists() and not list(tmp_path.glob("*tfevents*"))
+
+
+def test_a_replay_too_short_to_dream_of_is_none(tmp_path):
+    assert run("--game", "Catch", "--preset", "debug", "--logdir", tmp_path, "--seq-len", 2,
+               "--prefill-steps", 2, "--steps", 4, "--steps-per-update", 1) == 0
+    assert lines(tmp_path) and not list(tmp_path.glob("*.png"))
+
+
+def test_a_disk_that_fills_up_under_a_picture_loses_nothing(tmp_path, monkeypatch, capsys):
+    real = d.write_whole
+
+    def full(path, *args):
+        if path.suffix == ".png":
+            raise OSError(28, "No space left on device", str(path))
+        real(path, *args)
+
+    monkeypatch.setattr(d, "write_whole", full)
+    flags = ("--game", "Catch", "--preset", "debug", "--logdir", tmp_path)
+    assert run(*flags, "--checkpoint-every-steps", 100) == 1
+    monkeypatch.undo()
+    assert run(*flags) == 0 and "300 decisions" in capsys.readouterr().out
+
+
+def test_a_real_tensorboard_reads_it(tmp_path):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    assert run("--game", "Catch", "--preset", "debug", "--logdir", tmp_path) == 0
+    events = reader.EventAccumulator(str(tmp_path)).Reload()
+    assert [x.step for x in events.Scalars("kl")] == [r["step"] for r in lines(tmp_path)]
+    assert [(x.step, x.width, x.height) for x in events.Images("dream")] == [
+        (400, 3200, 384), (800, 3200, 384)]
 
 
 COMMANDS = dict(eval=play, dream=dream, benchmark=benchmark)
