@@ -5,9 +5,9 @@
 arXiv 2010.02193): a recurrent model with discrete latents learns from replayed frames
 to predict images, rewards and ends; actor and critic learn from what it imagines.
 
-    python dreamerv2.py --game Breakout         # looks dead for 20M frames (Pong: 2M)
+    python dreamerv2.py --game Breakout         # no progress for 20M frames (Pong: 2M)
     python dreamerv2.py --game Catch --preset small     # minutes on a laptop CPU
-    python dreamerv2.py --game Breakout --eval  # a run's command and --eval: play
+    python dreamerv2.py --game Breakout --eval  # a run's command, and --eval: plays
     python -m doctest dreamerv2.py              # the examples below, executed
 
 MAP. The algorithm is Parts 2 to 8; Agent.gradient_step is one step. Predict, then read.
@@ -73,7 +73,7 @@ DEPARTURES from paper or code; the flag that switches each or the test that hold
     D10 0 to 29 no-ops at a reset (ale-py). Code: 1 to 30.      --noops 31: 0 to 30
     D11 bfloat16 on CUDA, else float32. Code: float16.          --precision fp32
     D12 The slow critic is born as a copy. Code: at random.     test_slow_critic
-    D13 The start's discount is the true one (2.2.0). Before: predicted. test_true_start
+    D13 The start's discount is true, as in 2.2.0. Older: guessed. test_true_start
 """
 from __future__ import annotations
 
@@ -101,7 +101,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
-
 __version__ = "0.1.0"
 
 # %% Part 1 | Configuration
@@ -117,7 +116,7 @@ class Config:
     """
     # Run
     game: str = "Breakout"  # Atari game, Catch, or any Gymnasium id with images
-    preset: str = "atari"  # atari (the paper) | small (a laptop CPU) | debug (seconds)
+    preset: str = "atari"  # atari (paper) released schedules continuous small debug
     steps: int = 50_000_000  # decisions to play in all; paper: 50M = 200M frames
     logdir: str = ""  # folder of the run; empty: runs/GAME-PRESET-seedSEED
     seed: int = 0  # of weights, sampling and environments
@@ -146,7 +145,7 @@ class Config:
     cnn_depth: int = 48  # channels of the first convolution, then doubled; paper: 48
     mlp_layers: int = 4  # hidden layers of every head, actor and critic; paper: 4
     mlp_units: int = 400  # units of each of those layers; paper: 400
-    kl_scale: float = 0.1  # weight of the KL term, β; paper: 0.1 (search 0.1 0.3 1 3)
+    kl_scale: float = 0.1  # weight of the KL term, β; paper: 0.1 (of 0.1 0.3 1 3)
     kl_balance: float = 0.8  # share of the KL that trains the prior, α; paper: 0.8
     free_nats: float = 0.0  # the average KL below this is not trained; authors' code: 0
     discount_scale: float = 5.0  # weight of the discount loss; authors' code: 5
@@ -159,7 +158,7 @@ class Config:
     return_lambda: float = 0.95  # λ of the return; paper: 0.95
     reinforce_mix: float = 1.0  # ρ: 1 is all Reinforce, 0 (always for Box) dynamics
     entropy_scale: float = 1e-3  # weight of the policy's entropy, η; paper: 1e-3
-    anneal_steps: int = 0  # decisions in which ρ and η move to the two ends; 0: never
+    anneal_steps: int = 0  # decisions in which ρ and η move to their ends; 0: never
     reinforce_mix_end: float = 1.0  # ρ after anneal_steps
     entropy_scale_end: float = 3e-4  # η after anneal_steps
     actor_lr: float = 4e-5  # learning rate of the actor; paper: 4e-5
@@ -249,8 +248,6 @@ def categorical_entropy(logits: Tensor) -> Tensor:
     """Entropy in nats over the last axis, (..., K) -> (...); at most ln K.
     >>> round(categorical_entropy(torch.zeros(18)).item(), 2)       # a policy at random
     2.89
-    >>> round(32 * categorical_entropy(torch.zeros(32)).item(), 1)   # z at random
-    110.9
     """
     log_p = logits.log_softmax(-1)
     return -(log_p.exp() * log_p).sum(-1)
@@ -277,7 +274,7 @@ def balanced_kl(posterior: Tensor, prior: Tensor, alpha: float | None,
     have the same value, so loss equals kl; only the gradients differ. The first teaches
     the prior to predict, the second keeps the posterior predictable. The direction is
     always KL(posterior ‖ prior). α = None is the plain KL, with its full gradient to
-    both (--no-kl-balancing); so is α = 0.5 in the authors' code, here it halves both.
+    both (--no-kl-balancing). α = 0.5 halves both; in the authors' code it is that, too.
     >>> post = torch.tensor([[1.0, 1.0]]).log().requires_grad_()
     >>> prior = torch.tensor([[3.0, 1.0]]).log().requires_grad_()
     >>> loss, kl = balanced_kl(post, prior, alpha=0.75)
@@ -295,8 +292,8 @@ def balanced_kl(posterior: Tensor, prior: Tensor, alpha: float | None,
         return plain, plain.detach()
     train_prior = kl(posterior.detach(), prior)
     train_posterior = kl(posterior, prior.detach())
-    # Without the balance a poor prior drags the posterior towards itself before
-    # it has learned anything. Paper, Table 2: the gamer median falls from 1.64 to 0.84.
+    # Without the balance the posterior is dragged towards a prior that has learned
+    # nothing yet. Paper, Table 2: the gamer median falls from 1.64 to 0.84.
     return alpha * train_prior + (1 - alpha) * train_posterior, train_prior.detach()
 
 def gaussian(params: Tensor) -> torch.distributions.Normal:
@@ -375,10 +372,7 @@ def glorot_init(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 def mlp(in_size: int, out_size: int, layers: int = 4, units: int = 400):
-    """(..., in_size) -> (..., out_size): hidden layers with ELU, then a linear output.
-    >>> sum(p.numel() for p in mlp(1624, 18).parameters())      # the paper's actor
-    1138418
-    """
+    """(..., in_size) -> (..., out_size): hidden layers with ELU, a linear output."""
     sizes = [in_size] + [units] * layers
     hidden = [m for i, o in zip(sizes, sizes[1:])
               for m in (nn.Linear(i, o), nn.ELU(inplace=True))]
@@ -423,8 +417,8 @@ class ConvDecoder(nn.Module):
         self.net.to(memory_format=torch.channels_last)
 
     def forward(self, feature: Tensor) -> Tensor:
-        # From a 1×1 image a transposed convolution is 5×5 matrix products, one a place.
-        # Done as a single one, it takes a quarter of the time on a CPU.
+        # From a 1×1 image a transposed convolution is 5×5 matrix products, one for each
+        # pixel. Done as a single one, it takes a quarter of the time on a CPU.
         weight, bias = self.net[0].weight.permute(0, 2, 3, 1), self.net[0].bias
         out = self.linear(feature).flatten(0, -2) @ weight.flatten(1)
         out = out.unflatten(-1, weight.shape[1:]).permute(0, 3, 1, 2)
@@ -473,7 +467,7 @@ class LayerNormGRUCell(nn.Module):
 #      h[t-1] ──────┘        └──────► prior, trained towards the posterior
 #
 # In: embeddings (T, B, E), actions (T, B, A), is_first (T, B). Out: states (T, B, ...).
-# Predict: does the prior ever see the image of its own step?
+# Predict: with S = 3 variables of K = 4 classes and D = 8, how long is a feature?
 
 class State(NamedTuple):
     """What the model believes at one moment; leading axes are (T, B) or (N,)."""
@@ -561,9 +555,9 @@ class RSSM(nn.Module):
         """A whole sequence with images.
         embeds (T, B, E), actions (T, B, A), is_first (T, B) bool -> posterior states
         and prior logits over (T, B). `state` precedes step 0; None starts from zeros.
-        obs_step, T times, but what needs no result of the step before is outside of the
-        loop. A linear layer of a concatenation is a sum, W [h, e] + b = W_h h + (W_e e
-        + b): embeddings and actions take one product for all T, and so does the prior.
+        obs_step, T times, with all that does not depend on the step before done outside
+        the loop. A linear layer of a concatenation is a sum, W [h, e] = W_h h + W_e e:
+        embeddings and actions take one product for all T, and so does the prior.
         """
         assert embeds.shape[:2] == actions.shape[:2] == is_first.shape, \
             "embeds, actions and is_first must agree on (T, B)"
@@ -649,8 +643,8 @@ class WorldModel(nn.Module):
                       -ln p(γ[t] | h[t], z[t]) + β KL(q(z | h[t], x[t]) ‖ p(z | h[t])) ]
         image (T, B, C, 64, 64) uint8, action (T, B, A), reward, is_first, is_terminal
         (T, B) -> loss (scalar), posterior State over (T, B), metrics. Summed over
-        pixels and latents, averaged over T and B [D7]: the image, 4096 terms against
-        one, outweighs the rest. Authors' code: the discount's term counts 5 times.
+        pixels and latents, averaged over T and B [D7]. The image has 4096 terms against
+        one, and outweighs the rest. Authors' code: the discount's term counts 5 times.
         """
         target = self.preprocess(image)
         posterior, prior = self.rssm.observe(self.encoder(target), action, is_first)
@@ -696,8 +690,8 @@ def imagine(img_step, actor, start: State, horizon: int) -> tuple[Tensor, Tensor
             actions[1]   actions[2]                          actions[t] led to state t
     img_step: (State, action) -> State, as RSSM.img_step; actor: features -> a policy
     with rsample(), as OneHot; start: State over (N,). -> features (H+1, N, F), actions
-    (H+1, N, A). Nothing chose actions[0]: it is zero. Samples carry gradients, so those
-    of later states can reach the actor; Reinforce calls this under torch.no_grad().
+    (H+1, N, A). Nothing chose actions[0]: it is zero. Gradients of later states can
+    reach the actor through its samples; Reinforce calls this under torch.no_grad().
     >>> def clock(state, action):                             # a world that only counts
     ...     return State(state.h + 1, state.z, state.logits)
     >>> start = State(torch.zeros(2, 1), torch.zeros(2, 1, 1), torch.zeros(2, 1, 1))
@@ -710,7 +704,7 @@ def imagine(img_step, actor, start: State, horizon: int) -> tuple[Tensor, Tensor
     """
     state, features, actions = start, [start.feature], []
     for _ in range(horizon):
-        # Without the detach, dynamics gradients would also run through what it SEES.
+        # Without the detach, gradients would also run through what the actor sees.
         action = actor(features[-1].detach()).rsample()
         state = img_step(state, action)
         features.append(state.feature)
@@ -723,7 +717,7 @@ def imagine(img_step, actor, start: State, horizon: int) -> tuple[Tensor, Tensor
 #     state        z[0]      z[1]      z[2]   ...   z[H-1]      z[H]
 #     reward       r[0]      r[1]      r[2]         r[H-1]      (unused)
 #     discount     γ[0]      γ[1]      γ[2]         γ[H-1]      (unused)
-#     action            a0        a1        ...            a_{H-1}
+#     action            a0        a1        ...            a_{H-1}   a_t: actions[t+1]
 #     returns      V[0]      V[1]      V[2]         V[H-1]      V[H] = v(z[H])
 #
 # r[t] is received on ARRIVING in z[t], so V[t] and v(z[t]) both contain it, and it
@@ -790,9 +784,9 @@ def actor_loss(log_prob: Tensor, entropy: Tensor, returns: Tensor, baseline: Ten
     the returns must carry the actor's gradient. Subtracting v(z[t]), which knows
     nothing of a_t, keeps the expected gradient and removes most of its variance.
     >>> logits = torch.zeros(1, 2).requires_grad_()              # two equal actions
-    >>> log_prob, H = logits.log_softmax(-1)[:, 0], torch.zeros(1)    # chose the first
+    >>> log_prob, ent = logits.log_softmax(-1)[:, 0], torch.zeros(1)  # chose the first
     >>> V, v, w = torch.tensor([3.0]), torch.tensor([1.0]), torch.ones(1)
-    >>> loss, _ = actor_loss(log_prob, H, V, v, w, entropy_scale=0.0)
+    >>> loss, _ = actor_loss(log_prob, ent, V, v, w, entropy_scale=0.0)
     >>> round(loss.item(), 4)                                    # ln 2 · (3 - 1)
     1.3863
     >>> loss.backward(); logits.grad.tolist()    # descent: good gets likelier
@@ -811,7 +805,7 @@ def actor_loss(log_prob: Tensor, entropy: Tensor, returns: Tensor, baseline: Ten
 # The actor a_t ~ p(a_t | z_t) and the critic v(z_t) ≈ E Σ_{τ≥t} γ^{τ-t} r_τ [Eq. 3], on
 # the full model state [z, h], and one gradient step of everything, on one screen.
 # In: a batch of rows (T, B, ...). Out: weights that moved, and metrics.
-# Predict: Adam's first step moves all weights by nearly the same amount. Which?
+# Predict: Adam's first step moves all weights by nearly the same amount. How far?
 
 class Optimizer:
     """Adam with global-norm clipping and decoupled decay, for the weights it is given.
@@ -844,8 +838,8 @@ class Optimizer:
 class CudaGraph:
     """Plays a function back on the GPU as one recording: from Python its many small
     kernels start slower than the GPU runs them. Noise is always new. function: dict of
-    tensors -> dict of tensors, reads no number back. For each set of options and shapes
-    three calls run plainly, the fourth records. Inputs are copied in, outputs out."""
+    tensors -> dict of tensors, without a wait for a value. For each set of options and
+    shapes three calls run plainly, the fourth records. Inputs, outputs are copies."""
     def __init__(self, function):
         self.function, self.stream = function, torch.cuda.Stream()
         self.calls, self.graphs = {}, {}
@@ -896,7 +890,7 @@ class Agent(nn.Module):
         self.model_loss_args = dict(
             gamma=c.gamma, kl_scale=c.kl_scale, free_nats=c.free_nats,
             kl_balance=c.kl_balance if c.kl_balancing else None,
-            discount_scale=c.discount_scale * c.discount_head,
+            discount_scale=c.discount_scale * c.discount_head,  # 0: it stays untrained
             reward_tanh=c.reward_tanh, reward_gradients=c.reward_gradients,
             image_gradients=c.image_gradients)
         # Paper: continuous actions learn by dynamics alone; so does the ablation.
@@ -922,8 +916,8 @@ class Agent(nn.Module):
 
     def autocast(self):
         """bf16: layers multiply in bfloat16; weights, h, logits, losses stay float32.
-        Its casts of whole weights are kept until it ends: so within one `with` no
-        optimiser may step, nor a layer run in two gradient modes."""
+        Casts of weights are kept until it ends: inside one `with`, no optimiser may
+        step, and no layer run both with and without gradients."""
         return torch.autocast(self.device.type, torch.bfloat16,
                               enabled=self.precision == "bf16")
 
@@ -983,21 +977,21 @@ class Agent(nn.Module):
         with self.autocast(), torch.set_grad_enabled(dynamics):
             features, actions = imagine(  # (H+1, N, F), (H+1, N, A)
                 self.world_model.rssm.img_step, self.policy, start, self.horizon)
-            reward = self.world_model.predict_reward(features[:-1])
+            reward = self.world_model.predict_reward(features[:-1])  # r[0] cancels
             discount = self.world_model.predict_discount(features[1:-1])
             # The start state is a real one, so whether it was terminal is known [D13].
-            # Without this line a dead state's return counts a dream of life after it.
+            # Without this a dead state's return would count a dream of life after it.
             true_discount = self.gamma * (1 - batch["is_terminal"].flatten().float())
             discount = torch.cat([true_discount[None], discount])
-            if not self.discount_head:
+            if not self.discount_head:  # then even after an end
                 discount = torch.full_like(discount, self.gamma)
             slow_value = self.slow_critic(features).squeeze(-1)
             returns = lambda_return(reward, slow_value, discount, self.lambda_)
             weights = trajectory_weights(discount.detach())
 
         # 3. Critic: predict the returns. [Eq. 5]  State H only bootstraps.
-        states, end = features[:-1].detach(), self.horizon - self.shift
-        with self.autocast():
+        states, end = features[:-1].detach(), self.horizon - self.shift  # [D5]
+        with self.autocast():  # the policy once more, now with gradients
             value, policy = self.critic(states).squeeze(-1), self.policy(states[:end])
         loss_of_critic, critic_metrics = critic_loss(value, returns, weights)
 
@@ -1066,15 +1060,15 @@ class Replay:
                 if hasattr(os, "posix_fallocate"):  # a full disk shows now
                     with open(new, "r+b") as file:
                         os.posix_fallocate(file.fileno(), 0, new.stat().st_size)
-                np.save(written, np.zeros(2, np.int64))  # the same number twice
+                np.save(written, np.zeros(2, np.int64))  # a number twice: see below
                 os.replace(new, rows)  # last: what is called rows.npy is whole
             except OSError as error:
                 new.unlink(missing_ok=True)  # a full disk must not stay full
                 raise UsageError(f"{rows} of {capacity:,} rows: {error}") from None
         try:
-            for mode in ("r", "r+"):  # r+ alone would lengthen a file that was cut
+            for mode in ("r", "r+"):  # r refuses a file that was cut, r+ lengthens it
                 self.rows, self.written = (np.load(x, mode) for x in (rows, written))
-            first, second = self.written.tolist()  # unless a bit flipped or a kill came
+            first, second = self.written.tolist()  # equal, or a kill came in between
             if (self.rows.dtype, self.rows.shape) != (dtype, shape) or (
                     first - second not in (0, 1)):
                 raise ValueError
@@ -1107,14 +1101,14 @@ class Replay:
         batch = {name: torch.from_numpy(np.asarray(self.rows[name])[env, slots])
                  for name in Row._fields}
         # The state before a sequence is unknown, so each starts as an episode does.
-        # Without this line its first step would join an action to a state it never met.
+        # Without this line its first action would act on a state it was not chosen in.
         batch["is_first"][0] = True
         return batch
 
 # %% Part 10 | Environments
 # All that can be played, as rows: ale-py's C++ emulators, any Gymnasium game with
 # images, and Catch, the example of your own. In: actions (N, A). Out: rows.
-# Predict: how many rows does an episode of Catch take, from reset to reset?
+# Predict: with which step of Catch does the ball land?
 
 class Catch(gymnasium.Env):
     """A ball falls through an 8×8 board, a paddle catches it: learned in minutes.
@@ -1220,8 +1214,7 @@ class Envs:
         return row
 
 def to_images(observation: np.ndarray) -> np.ndarray:
-    """Observations (N, H, W), (N, H, W, C) or (N, C, H, W) -> (N, C, 64, 64) uint8,
-    resized by area where they have another size."""
+    """(N, H, W), (N, H, W, C) or (N, C, H, W) -> (N, C, 64, 64) uint8, by area."""
     if observation.ndim == 3:
         observation = observation[:, None]
     if observation.shape[1] not in (1, 3):
@@ -1280,11 +1273,16 @@ def make_envs(game: str, num_envs: int = 1, seed: int = 0, *, action_repeat: int
 
 # %% Part 11 | Looking
 # In: scalars of every gradient step, scores of every episode. Out: metrics.jsonl.
-# Predict: why are the scalars summed on the device?
+# Predict: two gradient steps, an entropy of 1, then of 4: what does the line say?
 
 class Metrics:
     """Means over a log period, one JSON object a line; the first line's rates count the
-    prefill in. `counters` are running totals, with at least updates and frames."""
+    prefill in. `counters` are running totals, with at least updates and frames.
+    >>> metrics = Metrics(Path(os.devnull), updates=0, frames=0)
+    >>> for entropy in 1.0, 4.0: metrics.add(dict(actor_entropy=torch.tensor(entropy)))
+    >>> metrics.write(updates=2, frames=32)["actor_entropy"]
+    2.5
+    """
     def __init__(self, path: Path, **counters):
         self.path, self.before = path, counters | {"time": time.time()}
         self.sums, self.count, self.episodes = 0, 0, []
@@ -1295,14 +1293,13 @@ class Metrics:
         self.names, self.count = list(metrics), self.count + 1
 
     def check(self, update: int) -> None:
-        """FloatingPointError names the first scalar that is not finite. Reads a number,
-        so it waits for a GPU: to be called after what can be done meanwhile."""
+        """FloatingPointError names the first that is not finite; waits for a GPU."""
         if not (finite := self.sums.isfinite()).all():
             name = self.names[finite.int().argmin()]
             raise FloatingPointError(f"{name} is not finite in update {update}")
 
     def write(self, **counters) -> dict:
-        """Append totals, and since the last line rates and means, null without any."""
+        """Append totals, and rates and means since the last line (null: no episode)."""
         now = counters | {"time": time.time()}
         seconds = max(now["time"] - self.before["time"], 1e-9)
         means = np.mean(self.episodes, 0).tolist() if self.episodes else (None, None)
@@ -1325,7 +1322,7 @@ def __getattr__(name: str):
 
 # %% Part 12 | Running
 # Playing, training, evaluating, saving. In: flags. Out: a run's folder, exit status.
-# Predict: a run is killed between two checkpoints. How many updates does it owe then?
+# Predict: which flag sets Config.kl_balance?
 
 NOISE = dict(cpu=torch, cuda=torch.cuda, mps=torch.mps)  # whose get_rng_state it is
 
@@ -1422,7 +1419,7 @@ def pick_device(config: Config) -> torch.device:
     return torch.device(name)
 
 def make_game(config: Config, num_envs: int, *key: int) -> Envs:
-    """The game; `key` seeds it: decisions, then 0 train 1 evaluate 2 play 3 dream."""
+    """The game, seeded by key: decisions, and 0 train 1 evaluate 2 play 3 dream."""
     seed = int(np.random.default_rng((config.seed, *key)).integers(2 ** 30))
     rules = ("action_repeat", "sticky", "noops", "time_limit", "full_action_space")
     return make_envs(config.game, num_envs, seed,
@@ -1466,16 +1463,16 @@ def go_on(config: Config, agent: Agent) -> None:
                     seed=envs.seed)
     if len(replay) and not saved or counters["steps"] and not len(replay):
         raise UsageError(f"{folder}: replay and checkpoint.pt do not belong together")
-    envs.seed += int(replay.written[0])  # not again the episodes that a kill undid
+    envs.seed += int(replay.written[0])  # rows stay: other episodes than those
     print(f"replay: {replay.rows.nbytes / 1e9:.2f} GB on disk for"
           f" {config.replay_capacity:,} rows, {len(replay):,} filled")
     config.resume = "latest"  # it was for this once
     write_whole(folder / "config.json", json.dumps(vars(config), indent=1).encode())
-    with open(folder / "metrics.jsonl", "ab") as file:  # newer lines come once more
+    with open(folder / "metrics.jsonl", "ab") as file:  # later lines come again
         file.truncate(min(file.tell(), counters.get("log_bytes", file.tell())))
     if saved:
         replay.random.bit_generator.state = saved["sampling"]
-    save_checkpoint(config, agent, replay, counters, keep="checkpoint.pt")
+    save_checkpoint(config, agent, replay, counters, keep="checkpoint.pt")  # not yet
     try:
         learn(config, agent, envs, replay, counters)
     except (OSError, FloatingPointError) as error:
@@ -1515,8 +1512,8 @@ def learn(config, agent: Agent, envs: Envs, replay: Replay, counters: dict) -> N
         envs.send(action)
         steps = before + int((~envs.done).sum())  # a reset is no decision
         # While the emulators play, learn. The count of decisions says how many gradient
-        # steps there should be; both are in the checkpoint, so a resumed run owes none.
-        # The next batch is drawn while a GPU is busy: it lacks the newest rows.
+        # steps there should be; a checkpoint has both counts: a resumed run owes none.
+        # The next batch is drawn while a GPU is busy: rows that come later lack in it.
         owed = (steps - config.prefill_steps) // config.steps_per_update - agent.updates
         for _ in range(owed):
             metrics.add(agent.train_step(batch or draw(), steps))
@@ -1549,7 +1546,10 @@ def learn(config, agent: Agent, envs: Envs, replay: Replay, counters: dict) -> N
         raise KeyboardInterrupt(*stop)
 
 def flag(name: str) -> str:
-    """The flag of a field: kl_scale -> --kl-scale."""
+    """The flag of a field of Config.
+    >>> flag("kl_balance")
+    '--kl-balance'
+    """
     return "--" + name.replace("_", "-")
 
 def build_parser() -> argparse.ArgumentParser:
