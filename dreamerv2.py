@@ -76,7 +76,6 @@ DEPARTURES from paper or code; the flag that switches each or the test that hold
     D13 The start's discount is true, as in 2.2.0. Older: guessed. test_true_start
 """
 from __future__ import annotations
-
 import argparse
 import copy
 import dataclasses
@@ -246,8 +245,9 @@ def straight_through_sample(logits: Tensor) -> Tensor:
 
 def categorical_entropy(logits: Tensor) -> Tensor:
     """Entropy in nats over the last axis, (..., K) -> (...); at most ln K.
-    >>> round(categorical_entropy(torch.zeros(18)).item(), 2)       # a policy at random
-    2.89
+    >>> [round(S * categorical_entropy(torch.zeros(K)).item(), 2)
+    ...  for S, K in ((1, 18), (32, 32))]       # the most for a policy, and for z
+    [2.89, 110.9]
     """
     log_p = logits.log_softmax(-1)
     return -(log_p.exp() * log_p).sum(-1)
@@ -1453,7 +1453,7 @@ def go_on(config: Config, agent: Agent) -> None:
     """Begin, or go on from a checkpoint; games and batch in hand are taken anew."""
     folder, saved = Path(config.logdir), load_checkpoint(config, agent)
     counters = saved["counters"] if saved else dict(steps=0, episodes=0, time=0)
-    if counters["steps"] >= config.steps + config.num_envs:
+    if counters["steps"] >= config.steps + config.num_envs:  # more than overshot
         raise UsageError(f"--steps {config.steps}: the run has {counters['steps']}")
     if counters["steps"] >= config.steps:
         return print("nothing left to do: a larger --steps goes on")
