@@ -1560,7 +1560,6 @@ def build_parser() -> argparse.ArgumentParser:
         prog="dreamerv2.py", allow_abbrev=False,
         description="DreamerV2. Trains, or goes on with the run that its folder holds.")
     parser.error = error
-    parser.set_defaults(command=train)
     add, group = parser.add_mutually_exclusive_group().add_argument, parser
     for name, what in dict(eval="play with the agent", dream="draw what it predicts",
                            benchmark="measure speed").items():
@@ -1568,7 +1567,8 @@ def build_parser() -> argparse.ArgumentParser:
             const=lambda config, name=name: __getattr__("COMMANDS")[name](config))
     add("--scores", dest="command", metavar="FOLDER", help="scores of finished runs",
         type=lambda folder: lambda config: __getattr__("scores")(folder))
-    choices = dict(preset=PRESETS, resume=("latest", "previous"))
+    choices = dict(preset=PRESETS, resume=["latest", "previous"],
+                   eval_mode=["mode", "sample"])
     for line in inspect.getsource(Config).splitlines():
         if title := re.fullmatch(r"    # (.+)", line):
             group = parser.add_argument_group(title[1])
@@ -1608,7 +1608,7 @@ def parse_config(argv: list[str]):
     """Command line -> checked Config and what to do with it. Flags go over the settings
     of the run in the folder or, in a new one, of the preset; nothing is written."""
     given = vars(build_parser().parse_args(argv))
-    command = given.pop("command")
+    command = given.pop("command") or train
     if "--benchmark" in argv and not torch.cuda.is_available():
         given.setdefault("preset", "small")
     config = Config(**(PRESETS[given.get("preset", "atari")] | given))

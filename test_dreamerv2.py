@@ -1353,12 +1353,12 @@ class Counting(gymnasium.Env):
         return np.full((64, 64), 10 * self.t + self.last, np.uint8)
 
 
-gymnasium.register("Counting-v0", Counting)
+gymnasium.register("tests/Counting-v0", Counting)
 
 
 def test_rows_are_aligned_on_a_counting_environment(tmp_path):
     """Reward and action of a row are those that led to its image; the reset's row is none."""
-    envs = d.make_envs("Counting-v0", num_envs=2)
+    envs = d.make_envs("tests/Counting-v0", num_envs=2)
     replay = d.Replay(tmp_path, 200, num_envs=2, image_shape=(1, 64, 64), action_dim=5)
     row, rows, decisions = envs.reset(), [], 0
     for i in range(23):
@@ -1380,7 +1380,7 @@ def test_rows_are_aligned_on_a_counting_environment(tmp_path):
 
 
 def test_a_resets_row_is_blank_whatever_the_library_returns():
-    envs = d.make_envs("Counting-v0")
+    envs = d.make_envs("tests/Counting-v0")
     rows, real = [envs.reset()], envs.vector_env.step
 
     def step(action):
@@ -1404,13 +1404,13 @@ def test_playing_remembers_and_keeps_the_score():
             self.count = (memory or 0) + 1
             return torch.eye(5)[[1]], self.count
 
-    echo, envs = Echo(), d.make_envs("Counting-v0")
+    echo, envs = Echo(), d.make_envs("tests/Counting-v0")
     assert d.evaluate(echo, envs, 3).tolist() == [[100.0, 4]] * 3
     assert echo.count == 3 * 4 + 2  # and the two resets between
 
 
 def test_the_first_action_reaches_the_environment():
-    envs = d.make_envs("Counting-v0")
+    envs = d.make_envs("tests/Counting-v0")
     envs.reset()
     assert envs.step(np.eye(5)[[3]]).image[0, 0, 0, 0] == 13
 
@@ -1506,11 +1506,18 @@ class Colours(gymnasium.Env):
         return self.reset()[0], 1.0, False, False, {}
 
 
-gymnasium.register("Colours-v0", Colours)
+gymnasium.register("tests/Colours-v0", Colours)
+
+
+def test_the_games_of_this_file_take_no_name_of_yours():
+    """It is imported where a run trains."""
+    mine = [name for name, spec in gymnasium.registry.items()
+            if getattr(spec.entry_point, "__module__", None) == __name__]
+    assert len(mine) == 11 and all(name.startswith("tests/") for name in mine)
 
 
 def test_any_gymnasium_image_environment():
-    envs = d.make_envs("Colours-v0", num_envs=2, time_limit=3)
+    envs = d.make_envs("tests/Colours-v0", num_envs=2, time_limit=3)
     rows = play_rows(envs, [1] * 5)
     image = rows[0].image
     assert image.shape == (2, 3, 64, 64) and envs.frames_per_step == 1
@@ -1542,7 +1549,7 @@ class Dot(gymnasium.Env):
         return image.astype(np.uint8)[..., None]
 
 
-gymnasium.register("Dot-v0", Dot)
+gymnasium.register("tests/Dot-v0", Dot)
 
 
 class Levers(gymnasium.Env):
@@ -1559,17 +1566,17 @@ class Levers(gymnasium.Env):
         return np.full((64, 64), 50 * action[0], np.uint8), float(action[0]), False, False, {}
 
 
-gymnasium.register("Levers-v0", Levers)
-gymnasium.register("Endless-v0", type("Endless", (Levers,), dict(
+gymnasium.register("tests/Levers-v0", Levers)
+gymnasium.register("tests/Endless-v0", type("Endless", (Levers,), dict(
     action_space=gymnasium.spaces.Box(-np.inf, np.inf, (2,)))))
-gymnasium.register("Square-v0", type("Square", (Levers,), dict(
+gymnasium.register("tests/Square-v0", type("Square", (Levers,), dict(
     action_space=gymnasium.spaces.Box(-1, 1, (2, 2)))))
-gymnasium.register("Words-v0", type("Words", (Levers,), dict(
+gymnasium.register("tests/Words-v0", type("Words", (Levers,), dict(
     action_space=gymnasium.spaces.MultiBinary(3))))
 
 
 def test_boxes_of_actions_are_scaled_and_repeated():
-    envs = d.make_envs("Levers-v0", num_envs=2, action_repeat=3, time_limit=2)
+    envs = d.make_envs("tests/Levers-v0", num_envs=2, action_repeat=3, time_limit=2)
     assert envs.continuous and envs.num_actions == 2 and envs.frames_per_step == 3
     envs.reset()
     Levers.played.clear()
@@ -1588,7 +1595,7 @@ def test_boxes_of_actions_are_scaled_and_repeated():
 
 def test_a_run_with_continuous_actions(tmp_path, capsys):
     """ρ is 0 by itself and printed; random play fills the box; it resumes."""
-    flags = ("--game", "Levers-v0", "--preset", "debug", "--logdir", tmp_path)
+    flags = ("--game", "tests/Levers-v0", "--preset", "debug", "--logdir", tmp_path)
     Levers.played.clear()
     assert run(*flags, "--steps", 300, "--action-repeat", 2) == 0
     assert "rho 0, " in capsys.readouterr().out
@@ -1615,7 +1622,7 @@ slow = pytest.mark.skipif("SLOW" not in os.environ, reason="minutes: set SLOW=1 
 @slow
 def test_continuous_actions_learn_to_move_a_dot(tmp_path):
     """From -4.1 at random to -1.3 or better; going straight there would be -0.2."""
-    assert run("--game", "Dot-v0", "--preset", "small", *DOT, "--logdir", tmp_path) == 0
+    assert run("--game", "tests/Dot-v0", "--preset", "small", *DOT, "--logdir", tmp_path) == 0
     rows = lines(tmp_path)
     assert rows[0]["episode_return"] < -3
     assert np.mean([r["episode_return"] for r in rows[-2:]]) > -1.3
@@ -1643,19 +1650,19 @@ class Nothing(Colours):
     action_space = gymnasium.spaces.Box(np.float32([0, 0]), np.float32([1, 0]))
 
 
-gymnasium.register("Whole-v0", Whole)
-gymnasium.register("Nothing-v0", Nothing)
+gymnasium.register("tests/Whole-v0", Whole)
+gymnasium.register("tests/Nothing-v0", Nothing)
 
 
 class Offset(Colours):
     action_space = gymnasium.spaces.Discrete(2, start=1)
 
 
-gymnasium.register("Offset-v0", Offset)
+gymnasium.register("tests/Offset-v0", Offset)
 
 
-@pytest.mark.parametrize("game", ["Offset-v0", "CartPole-v1", "Pendulum-v1", "Endless-v0",
-                                  "Square-v0", "Words-v0", "Whole-v0", "Nothing-v0"])
+@pytest.mark.parametrize("game", ["tests/Offset-v0", "CartPole-v1", "Pendulum-v1", "tests/Endless-v0",
+                                  "tests/Square-v0", "tests/Words-v0", "tests/Whole-v0", "tests/Nothing-v0"])
 def test_games_that_cannot_be_played_say_why(game):
     with pytest.raises(d.UsageError, match="--game needs"):
         d.make_envs(game)
@@ -1982,7 +1989,7 @@ BAD = [  # flags, and what the one line must name
     (["--anneal-steps", "-1"], "--anneal-steps"), (["--scores"], "--scores"),
     (["--reinforce-mix-end", "1.5"], "--reinforce-mix-end"),
     (["--entropy-scale-end", "-1"], "--entropy-scale-end"),
-    (["--game", "Endless-v0"], "Box"), (["--game", "Words-v0"], "actions"),
+    (["--game", "tests/Endless-v0"], "Box"), (["--game", "tests/Words-v0"], "actions"),
     (["--game", ""], "--game"), (["--game", "no_module:Game-v0"], "no_module"),
     (["--resume", "first"], "--resume"), (["--resume", "previous"], "previous.pt"),
     (["--checkpoint-minutes", "0"], "--checkpoint-minutes"),
@@ -1990,6 +1997,7 @@ BAD = [  # flags, and what the one line must name
     (["--checkpoint-every-steps", "-5"], "--checkpoint-every-steps"),
     (["--eval-episodes", "-1"], "--eval-episodes"), (["--device", "cuda"], "--device"),
     (["--eval", "--eval-episodes", "0"], "--eval-episodes 0"),
+    (["--eval-mode", "best"], "--eval-mode"),
     (["--eval", "--resume", "previous"], "previous.pt"), (["--dream"], "--dream"),
     (["--kl-balance", "1.2"], "--kl-balance"), (["--time-limit", "0"], "--time-limit"),
     (["--num-classes", "1"], "--num-classes"), (["--noops", "0"], "--noops"),
@@ -2448,7 +2456,7 @@ class Unwell(Colours):
         return super().step(action)
 
 
-gymnasium.register("Unwell-v0", Unwell)
+gymnasium.register("tests/Unwell-v0", Unwell)
 
 
 def test_a_reward_that_is_not_finite_is_not_stored(tmp_path, monkeypatch):
@@ -2461,7 +2469,7 @@ def test_a_reward_that_is_not_finite_is_not_stored(tmp_path, monkeypatch):
 
 
 def test_a_game_that_raises_does_not_take_the_replay_with_it(tmp_path):
-    flags = ("--game", "Unwell-v0", "--preset", "debug", "--logdir", tmp_path, "--steps", 400,
+    flags = ("--game", "tests/Unwell-v0", "--preset", "debug", "--logdir", tmp_path, "--steps", 400,
              "--checkpoint-every-steps", 100)
     with pytest.raises(RuntimeError, match="fell over"):
         run(*flags)
@@ -2816,7 +2824,7 @@ def benchmark(config):
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as config.logdir, \
-            contextlib.redirect_stdout(sys.stderr):
+            contextlib.redirect_stdout(None):
         agent = d.new_agent(config)
         repeats = min(100, 2 + int(1 / seconds(lambda: agent.train_step(batch), device, 1)))
         step = seconds(lambda: agent.train_step(batch), device, repeats)
@@ -2939,8 +2947,6 @@ def play(config):
     sees in it. The run's folder is only read, the picture comes into the current one."""
     if not config.eval_episodes:
         raise d.UsageError("--eval-episodes 0: --eval has nothing to play")
-    if config.eval_mode not in ("mode", "sample"):
-        raise d.UsageError(f"--eval-mode {config.eval_mode} is neither mode nor sample")
     agent, counters = trained_agent(config, "--eval")
     steps, game = counters["steps"], d.plain_name(config.game)
     envs, greedy = d.make_game(config, 1, steps, 2), config.eval_mode == "mode"
@@ -2993,25 +2999,28 @@ def save_pictures(config, name, *pictures):
     for kind, frames in zip(("", "-strip"), map(enlarge, pictures)):
         path = Path(f"{Path(config.logdir).resolve().name}-{name}{kind}.png")
         path.write_bytes(to_png(frames))
-        print(f"{path}: {frames.shape[2]} x {frames.shape[1]} pixels, {len(frames)} frames")
+        print(f"{path}: {frames.shape[2]} x {frames.shape[1]} pixels, frames: {len(frames)}")
 
 
 def to_pixels(image):
-    """Images in [-½, ½], (..., C, H, W) -> (..., H, W, C) uint8."""
-    pixels = ((image + 0.5).clamp(0, 1) * 255).round().byte()
-    return pixels.movedim(-3, -1).cpu().numpy()
+    """Images in [-½, ½], (..., C, H, W) -> (..., H, W, C) uint8. Their last row and column are
+    gray, so that neighbours can be told apart."""
+    pixels = ((image + 0.5).clamp(0, 1) * 255).round().byte().movedim(-3, -1).cpu().numpy()
+    pixels[..., -1, :, :] = pixels[..., -1, :] = 128
+    return pixels
 
 
 @torch.no_grad()
 def episode(agent, envs, greedy, longest=500):
     """What the agent saw, and what its state says of it: two times (T, H, W, C)."""
-    row, memory, frames = envs.reset(), None, []
-    while not envs.done.any() and len(frames) < longest:
+    row, memory, frames, ended = envs.reset(), None, [], False
+    while not ended and len(frames) < longest:
         action, memory = d.choose(agent, envs, row, memory, greedy)
         feature = d.State(*(memory[k] for k in d.State._fields)).feature
         truth = agent.world_model.preprocess(torch.from_numpy(row.image))
         frames.append((to_pixels(truth)[0], to_pixels(agent.world_model.decoder(feature))[0]))
-        row = envs.step(action)
+        ended = envs.done.any()  # this was the last image
+        row = row if ended else envs.step(action)
     return [np.stack(x) for x in zip(*frames)]
 
 
@@ -3050,12 +3059,14 @@ def dream(config, length=50, sequences=6):
     agent, counters = trained_agent(config, "--dream")
     envs = d.make_game(config, sequences, counters["steps"], 3)
     row, memory, rows = envs.reset(), None, []
-    for _ in range(2 * length):  # the later half: not how a game begins
+    for _ in range(2 * length + sequences):
         rows.append(row)
         action, memory = d.choose(agent, envs, row, memory)
         row = envs.step(action)
-    batch = {k: torch.from_numpy(np.stack([getattr(row, k) for row in rows[length:]])).to(
-        agent.device) for k in ("image", "action", "is_first")}
+    # Not how a game begins, and each a step later than the last: short episodes run in step.
+    batch = {k: torch.from_numpy(np.stack([
+        [getattr(rows[length + i + t], k)[i] for i in range(sequences)]
+        for t in range(length)])).to(agent.device) for k in ("image", "action", "is_first")}
     batch["is_first"][0] = True
     save_pictures(config, "dream", *draw_dream(agent, batch))
 
@@ -3064,7 +3075,7 @@ class Watch:
     """What a run shows while it trains, called with every line of its metrics: scalars in
     TensorBoard, where that is installed; every eval_every_steps decisions and at the end,
     dreams of sequences from the replay, in the run's folder. The run itself goes on as if
-    nobody watched: its draws from the replay and its noise are not touched."""
+    nobody watched: its draws from the replay and a CPU's noise are not touched."""
 
     def __init__(self, config, steps):
         self.config, self.last, self.board = config, steps, None
@@ -3347,7 +3358,7 @@ def test_a_dream_sees_its_context_and_no_image_after_it():
     assert torch.equal(seen[:2, 1], a[:2, 1]) and not torch.equal(seen[2, 1], a[2, 1])
 
 
-@pytest.mark.parametrize("game, channels", [("Pong", 1), ("Colours-v0", 3)])
+@pytest.mark.parametrize("game, channels", [("Pong", 1), ("tests/Colours-v0", 3)])
 def test_eval_and_dream_draw_and_leave_the_run_as_it_is(game, channels, tmp_path, capsys):
     logdir = tmp_path / "runs" / "one"
     assert run("--preset", "debug", "--logdir", logdir, "--game", game, "--steps", 210) == 0
@@ -3369,7 +3380,7 @@ def test_eval_and_dream_draw_and_leave_the_run_as_it_is(game, channels, tmp_path
     assert seen.shape[1:] == (6 * 64, 6 * 128, channels) and len(seen) <= 81
     assert {p.name for p in Path().iterdir()} == {
         "one-dream.png", "one-dream-strip.png", "one-eval.png"}
-    assert "one-dream.png: 768 x 384 pixels, 50 frames" in out
+    assert "one-dream.png: 768 x 384 pixels, frames: 50" in out
 
 
 def test_eval_takes_the_mode_or_samples(tmp_path, monkeypatch, capsys):
@@ -3433,14 +3444,16 @@ def test_a_run_shows_itself_while_it_trains(tmp_path, board, capsys):
         "dream.png", *(f"dream-000000{n}-strip.png" for n in (300, 500, 600, 700))}
     film, milliseconds = read_png(tmp_path / "dream.png")
     assert film.shape == (50, 2 * 192, 2 * 384, 1) and milliseconds == {100}
-    played = {x.tobytes() for x in np.load(tmp_path / "replay" / "rows.npy")["image"][0]}
+    rows = np.load(tmp_path / "replay" / "rows.npy")["image"][0, :, 0]
+    played = {x[:63, :63].tobytes() for x in rows}
     dreams = set()
     for step in (300, 500, 600, 700):
         strip, _ = read_png(tmp_path / f"dream-000000{step}-strip.png")
         assert strip.shape == (1, 384, 3200, 1)
         assert step not in first.images or (strip == first.images[step]).all()
         truth = strip[0, :64].reshape(64, 50, 64).swapaxes(0, 1)
-        assert all(x.tobytes() in played for x in truth[6:])  # the white line aside
+        assert (truth[6:, 63] == 128).all() and (truth[6:, :, 63] == 128).all()
+        assert all(x[:63, :63].tobytes() in played for x in truth[6:])  # not the white line
         dreams.add(strip.tobytes())
     assert len(dreams) == 4
 
