@@ -1060,7 +1060,7 @@ class Replay:
                 if hasattr(os, "posix_fallocate"):  # a full disk shows now
                     with open(new, "r+b") as file:
                         os.posix_fallocate(file.fileno(), 0, new.stat().st_size)
-                np.save(written, np.zeros(2, np.int64))  # a number twice: see below
+                np.save(written, np.zeros(2, np.int64))  # the count, and its twin
                 os.replace(new, rows)  # last: what is called rows.npy is whole
             except OSError as error:
                 new.unlink(missing_ok=True)  # a full disk must not stay full
@@ -1068,7 +1068,7 @@ class Replay:
         try:
             for mode in ("r", "r+"):  # r refuses a file that was cut, r+ lengthens it
                 self.rows, self.written = (np.load(x, mode) for x in (rows, written))
-            first, second = self.written.tolist()  # equal, or a kill came in between
+            first, second = self.written.tolist()  # twins, but for a kill between
             if (self.rows.dtype, self.rows.shape) != (dtype, shape) or (
                     first - second not in (0, 1)):
                 raise ValueError
