@@ -120,7 +120,7 @@ class Config:
     logdir: str = ""  # folder of the run; empty: runs/GAME-PRESET-seedSEED
     seed: int = 0  # of weights, sampling and environments
     device: str = "auto"  # auto (CUDA, else CPU) | cuda | cuda:1 | mps | cpu
-    precision: str = "auto"  # auto (bf16 on CUDA, else fp32) | fp32 | tf32 | bf16 [D11]
+    precision: str = "auto"  # auto (bf16 if CUDA has it) | fp32 | tf32 | bf16 [D11]
     cuda_graphs: bool = True  # on CUDA, replay recorded steps; no: launch every kernel
     compile: bool = False  # torch.compile of the world model's loss; slow to build
     # Environment
@@ -225,8 +225,8 @@ def straight_through_sample(logits: Tensor) -> Tensor:
         sample = one_hot(draw(logits)),  probs = softmax(logits)
         return sample + probs - sg(probs)
     logits (..., K) -> (..., K), exactly one-hot, with the softmax's gradient: biased,
-    but of little variance. The draw is Gumbel's: argmax(logits + noise) is distributed
-    as softmax(logits) and, unlike torch.multinomial, never makes the host wait.
+    but of little variance. Here: the draw is Gumbel's. argmax(logits + noise) has the
+    distribution softmax(logits) and, unlike torch.multinomial, makes no host wait.
     >>> _ = torch.manual_seed(0)
     >>> logits = torch.tensor([0.0, math.log(3.0)], requires_grad=True)   # probs ¼, ¾
     >>> round(straight_through_sample(logits.expand(9000, 2))[:, 1].mean().item(), 2)
@@ -274,7 +274,7 @@ def balanced_kl(posterior: Tensor, prior: Tensor, alpha: float | None,
     have the same value, so loss equals kl; only the gradients differ. The first teaches
     the prior to predict, the second keeps the posterior predictable. The direction is
     always KL(posterior ‖ prior). α = None is the plain KL, with its full gradient to
-    both (--no-kl-balancing). α = 0.5 halves both; in the authors' code it is that, too.
+    both (--no-kl-balancing). Authors' code: so is α = 0.5. Here: that halves both.
     >>> post = torch.tensor([[1.0, 1.0]]).log().requires_grad_()
     >>> prior = torch.tensor([[3.0, 1.0]]).log().requires_grad_()
     >>> loss, kl = balanced_kl(post, prior, alpha=0.75)
@@ -417,8 +417,8 @@ class ConvDecoder(nn.Module):
         self.net.to(memory_format=torch.channels_last)
 
     def forward(self, feature: Tensor) -> Tensor:
-        # From a 1×1 image a transposed convolution is 5×5 matrix products, one for each
-        # pixel. Done as a single one, it takes a quarter of the time on a CPU.
+        # From a 1×1 image a transposed convolution is 25 matrix products, one for each
+        # pixel. Here: done as a single one, in a quarter of the time on a CPU.
         weight, bias = self.net[0].weight.permute(0, 2, 3, 1), self.net[0].bias
         out = self.linear(feature).flatten(0, -2) @ weight.flatten(1)
         out = out.unflatten(-1, weight.shape[1:]).permute(0, 3, 1, 2)
@@ -583,8 +583,8 @@ class RSSM(nn.Module):
         return posterior, self.prior_logits(h)
 
 class GaussianRSSM(RSSM):
-    """The ablation --no-discrete-latents: z (..., S, K) is so many normal numbers, here
-    to keep F (authors' code: S), and State.logits (..., S, 2K) their parameters."""
+    """The ablation --no-discrete-latents: z (..., S, K) is so many normal numbers.
+    Here: S·K, to keep F. Authors' code: S. State.logits, (..., S, 2K), see gaussian."""
     params_per_class = 2  # see gaussian
     sample = staticmethod(lambda logits: gaussian(logits).rsample())
 
@@ -839,7 +839,7 @@ class CudaGraph:
     """Plays a function back on the GPU as one recording: from Python its many small
     kernels start slower than the GPU runs them. Noise is always new. function: dict of
     tensors -> dict of tensors, without a wait for a value. For each set of options and
-    shapes three calls run plainly, the fourth records. Inputs, outputs are copies."""
+    shapes three calls run plainly, the next records and plays; in, out are copies."""
     def __init__(self, function):
         self.function, self.stream = function, torch.cuda.Stream()
         self.calls, self.graphs = {}, {}
@@ -916,8 +916,8 @@ class Agent(nn.Module):
 
     def autocast(self):
         """bf16: layers multiply in bfloat16; weights, h, logits, losses stay float32.
-        Casts of weights are kept until it ends: inside one `with`, no optimiser may
-        step, and no layer run both with and without gradients."""
+        Each weight is cast once per `with`, the copy reused: inside one, no optimiser
+        may step (stale copy), and no layer run both with and without gradients."""
         return torch.autocast(self.device.type, torch.bfloat16,
                               enabled=self.precision == "bf16")
 
@@ -977,7 +977,7 @@ class Agent(nn.Module):
         with self.autocast(), torch.set_grad_enabled(dynamics):
             features, actions = imagine(  # (H+1, N, F), (H+1, N, A)
                 self.world_model.rssm.img_step, self.policy, start, self.horizon)
-            reward = self.world_model.predict_reward(features[:-1])  # r[0] cancels
+            reward = self.world_model.predict_reward(features[:-1])  # r[0]: see Part 7
             discount = self.world_model.predict_discount(features[1:-1])
             # The start state is a real one, so whether it was terminal is known [D13].
             # Without this a dead state's return would count a dream of life after it.
@@ -991,7 +991,7 @@ class Agent(nn.Module):
 
         # 3. Critic: predict the returns. [Eq. 5]  State H only bootstraps.
         states, end = features[:-1].detach(), self.horizon - self.shift  # [D5]
-        with self.autocast():  # the policy once more, now with gradients
+        with self.autocast():  # the policy runs again, for the gradient of ln p
             value, policy = self.critic(states).squeeze(-1), self.policy(states[:end])
         loss_of_critic, critic_metrics = critic_loss(value, returns, weights)
 
@@ -1052,7 +1052,7 @@ class Replay:
         shape = (num_envs, self.slots)
         self.random = np.random.default_rng(seed)
         rows, written = Path(directory, "rows.npy"), Path(directory, "written.npy")
-        if not rows.exists() and not (written.exists() and np.load(written).any()):
+        if not (rows.exists() or written.exists() and any(written.read_bytes()[128:])):
             rows.parent.mkdir(parents=True, exist_ok=True)
             new = rows.with_suffix(".new")
             try:
@@ -1066,9 +1066,9 @@ class Replay:
                 new.unlink(missing_ok=True)  # a full disk must not stay full
                 raise UsageError(f"{rows} of {capacity:,} rows: {error}") from None
         try:
-            for mode in ("r", "r+"):  # r refuses a file that was cut, r+ lengthens it
+            for mode in ("r", "r+"):  # "r" fails on a cut file, "r+" would pad it
                 self.rows, self.written = (np.load(x, mode) for x in (rows, written))
-            first, second = self.written.tolist()  # twins, but for a kill between
+            first, second = self.written.tolist()  # equal, unless killed between
             if (self.rows.dtype, self.rows.shape) != (dtype, shape) or (
                     first - second not in (0, 1)):
                 raise ValueError
@@ -1100,8 +1100,8 @@ class Replay:
         slots = (start + np.arange(seq_len)[:, None]) % self.slots  # (T, B)
         batch = {name: torch.from_numpy(np.asarray(self.rows[name])[env, slots])
                  for name in Row._fields}
-        # The state before a sequence is unknown, so each starts as an episode does.
-        # Without this line its first action would act on a state it was not chosen in.
+        # The state before row 0 is unknown, so row 0 passes for an episode's first row.
+        # Without this line its action would act on a state it was not chosen in.
         batch["is_first"][0] = True
         return batch
 
@@ -1288,7 +1288,7 @@ class Metrics:
         self.sums, self.count, self.episodes = 0, 0, []
 
     def add(self, metrics: dict[str, Tensor]) -> None:
-        """Sum without reading: each read would make the host wait for the GPU."""
+        """Sum on the device, unread: `check` is the one wait of a gradient step."""
         self.sums = self.sums + torch.stack([v.float() for v in metrics.values()])
         self.names, self.count = list(metrics), self.count + 1
 
@@ -1313,7 +1313,7 @@ class Metrics:
         return line
 
 def __getattr__(name: str):
-    """What measures and draws is in test_dreamerv2.py, and is found here."""
+    """Called for names that this file lacks: these five are in test_dreamerv2.py."""
     if name not in "COMMANDS Watch scores normalized_score summarize_scores".split():
         raise AttributeError(name)
     sys.modules.setdefault("dreamerv2", sys.modules[__name__])  # that file imports this
@@ -1324,7 +1324,7 @@ def __getattr__(name: str):
 # Playing, training, evaluating, saving. In: flags. Out: a run's folder, exit status.
 # Predict: which flag sets Config.kl_balance?
 
-NOISE = dict(cpu=torch, cuda=torch.cuda, mps=torch.mps)  # whose get_rng_state it is
+NOISE = dict(cpu=torch, cuda=torch.cuda, mps=torch.mps)  # each device's generator
 
 def upload(arrays: dict, device: torch.device) -> dict[str, Tensor]:
     """To the device; to a GPU from pinned memory, so that the host need not wait."""
@@ -1363,7 +1363,7 @@ def write_whole(path: Path, data, keep: Path | None = None) -> None:
     os.replace(beside, path)
 
 def save_checkpoint(config, agent: Agent, replay: Replay, counters, keep="previous.pt"):
-    """All that a run is but its replay, which keeps itself. `keep`: see write_whole."""
+    """Weights, Adam, counters, noise; the rows are on disk. `keep`: see write_whole."""
     folder, device, data = Path(config.logdir), agent.device.type, io.BytesIO()
     log_bytes = (folder / "metrics.jsonl").stat().st_size
     torch.save(dict(
@@ -1453,7 +1453,7 @@ def go_on(config: Config, agent: Agent) -> None:
     """Begin, or go on from a checkpoint; games and batch in hand are taken anew."""
     folder, saved = Path(config.logdir), load_checkpoint(config, agent)
     counters = saved["counters"] if saved else dict(steps=0, episodes=0, time=0)
-    if counters["steps"] >= config.steps + config.num_envs:  # more than overshot
+    if counters["steps"] >= config.steps + config.num_envs:  # --steps was lowered
         raise UsageError(f"--steps {config.steps}: the run has {counters['steps']}")
     if counters["steps"] >= config.steps:
         return print("nothing left to do: a larger --steps goes on")
@@ -1463,16 +1463,16 @@ def go_on(config: Config, agent: Agent) -> None:
                     seed=envs.seed)
     if len(replay) and not saved or counters["steps"] and not len(replay):
         raise UsageError(f"{folder}: replay and checkpoint.pt do not belong together")
-    envs.seed += int(replay.written[0])  # rows stay: other episodes than those
+    envs.seed += int(replay.written[0])  # after a kill: not the same episodes again
     print(f"replay: {replay.rows.nbytes / 1e9:.2f} GB on disk for"
           f" {config.replay_capacity:,} rows, {len(replay):,} filled")
     config.resume = "latest"  # it was for this once
     write_whole(folder / "config.json", json.dumps(vars(config), indent=1).encode())
     with open(folder / "metrics.jsonl", "ab") as file:  # later lines come again
         file.truncate(min(file.tell(), counters.get("log_bytes", file.tell())))
-    if saved:
+    if saved:  # what is saved below is the same once more: previous.pt stays
         replay.random.bit_generator.state = saved["sampling"]
-    save_checkpoint(config, agent, replay, counters, keep="checkpoint.pt")  # not yet
+    save_checkpoint(config, agent, replay, counters, keep="checkpoint.pt")
     try:
         learn(config, agent, envs, replay, counters)
     except (OSError, FloatingPointError) as error:
@@ -1511,9 +1511,9 @@ def learn(config, agent: Agent, envs: Envs, replay: Replay, counters: dict) -> N
         action, memory = choose(None if prefilling else agent, envs, row, memory)
         envs.send(action)
         steps = before + int((~envs.done).sum())  # a reset is no decision
-        # While the emulators play, learn. The count of decisions says how many gradient
-        # steps there should be; a checkpoint has both counts: a resumed run owes none.
-        # The next batch is drawn while a GPU is busy: rows that come later lack in it.
+        # While the emulators play, learn. Decisions so far say how many gradient steps
+        # there should be; a checkpoint holds both counts, so a resumed run owes none.
+        # The next batch is drawn meanwhile: it lacks the rows added before its use.
         owed = (steps - config.prefill_steps) // config.steps_per_update - agent.updates
         for _ in range(owed):
             metrics.add(agent.train_step(batch or draw(), steps))
@@ -1524,10 +1524,10 @@ def learn(config, agent: Agent, envs: Envs, replay: Replay, counters: dict) -> N
         counters.update(steps=steps, episodes=counters["episodes"] + len(envs.ended),
                         time=time.time() - start)
         bar.update(steps - before)
-        ending = bool(stop) or steps >= config.steps
         if due(config.eval_every_steps) and agent.updates and config.eval_episodes:
             ends = evaluate(agent, make_game(config, 1, steps, 1), config.eval_episodes)
             scores = dict(zip(("eval_return", "eval_length"), ends.mean(0).tolist()))
+        ending = bool(stop) or steps >= config.steps
         if metrics.count and (ending or due(config.log_every_steps)):
             line = metrics.write(
                 step=steps, frames=steps * frames, updates=agent.updates,
@@ -1576,9 +1576,9 @@ def build_parser() -> argparse.ArgumentParser:
             kind = {"int": dict(type=int, metavar="N"), "str": dict(metavar="NAME"),
                     "float": dict(type=float, metavar="X"),
                     "bool": dict(action=argparse.BooleanOptionalAction)}[field[2]]
-            group.add_argument(
-                flag(field[1]), default=argparse.SUPPRESS, **kind,
-                choices=choices.get(field[1]), help=f"{field[4]} (default: {field[3]})")
+            new = group.add_argument(flag(field[1]), default=argparse.SUPPRESS, **kind,
+                                     help=f"{field[4]} (default: {field[3]})")
+            new.choices = choices.get(field[1])
     return parser
 
 def check(config: Config) -> None:
@@ -1600,7 +1600,7 @@ def check(config: Config) -> None:
         if not low <= value <= high:
             raise UsageError(f"{flag(name)} {value}: must be from {low}{why} to {high}")
 
-# What may change between two commands on one folder: it is not part of the experiment.
+# What may change between two commands on one folder: how a run is made, not which.
 FREE = """logdir device precision cuda_graphs compile resume eval_mode eval_every_steps
 steps eval_episodes log_every_steps checkpoint_every_steps checkpoint_minutes""".split()
 

@@ -1288,6 +1288,21 @@ def test_a_replay_of_another_layout_is_refused(other, tmp_path):
     assert len(d.Replay(tmp_path, **same)) == 10
 
 
+def test_killed_while_a_replay_is_made(tmp_path):
+    """Before rows.npy is there, at any byte of written.npy: the next start makes both."""
+    counting_replay(tmp_path, capacity=5, rows=0)
+    whole = (tmp_path / "written.npy").read_bytes()
+    for size in (0, 5, 127, 128, 140, len(whole)):
+        (tmp_path / "rows.npy").unlink()
+        (tmp_path / "written.npy").write_bytes(whole[:size])
+        replay = counting_replay(tmp_path, capacity=5, rows=0)
+        assert len(replay) == 0 and (tmp_path / "written.npy").read_bytes() == whole
+    replay = counting_replay(tmp_path, capacity=5, rows=1)
+    (tmp_path / "rows.npy").unlink()  # but a replay whose rows were moved is not made anew
+    with pytest.raises(d.UsageError, match="damaged"):
+        counting_replay(tmp_path, capacity=5, rows=0)
+
+
 def test_killed_between_the_two_numbers_of_a_replay(tmp_path):
     replay = counting_replay(tmp_path, 10, 13)
     replay.written[0] += 1
@@ -1766,6 +1781,16 @@ def test_ctrl_c_and_sigterm_lose_nothing(number, status, tmp_path):
     assert updates == (steps - DEBUG["prefill_steps"]) // 4 > 0
     assert run("--logdir", logdir, "--steps", steps + 40) == 0
     assert lines(logdir)[-1]["updates"] == updates + 10
+
+
+def test_a_signal_in_an_evaluation_ends_with_that_step(tmp_path, monkeypatch):
+    real = d.evaluate
+    monkeypatch.setattr(d, "evaluate", lambda *args: (
+        signal.raise_signal(signal.SIGINT), real(*args))[1])
+    assert run("--game", "Catch", "--preset", "debug", "--logdir", tmp_path) == 130
+    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["counters"]
+    assert (saved["steps"], lines(tmp_path)[-1]["step"]) == (400, 400)
+    assert "eval_return" in lines(tmp_path)[-1]
 
 
 def test_a_second_signal_ends_an_evaluation_at_once(tmp_path):
