@@ -1060,7 +1060,7 @@ class Replay:
                 if hasattr(os, "posix_fallocate"):  # a full disk shows now
                     with open(new, "r+b") as file:
                         os.posix_fallocate(file.fileno(), 0, new.stat().st_size)
-                np.save(written, np.zeros(2, np.int64))  # the count, and its twin
+                np.save(written, np.zeros(2, np.int64))  # 128 bytes head, count, twin
                 os.replace(new, rows)  # last: what is called rows.npy is whole
             except OSError as error:
                 new.unlink(missing_ok=True)  # a full disk must not stay full

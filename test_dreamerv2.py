@@ -1676,8 +1676,9 @@ class Offset(Colours):
 gymnasium.register("tests/Offset-v0", Offset)
 
 
-@pytest.mark.parametrize("game", ["tests/Offset-v0", "CartPole-v1", "Pendulum-v1", "tests/Endless-v0",
-                                  "tests/Square-v0", "tests/Words-v0", "tests/Whole-v0", "tests/Nothing-v0"])
+@pytest.mark.parametrize("game", [
+    "CartPole-v1", "Pendulum-v1", "tests/Offset-v0", "tests/Endless-v0", "tests/Square-v0",
+    "tests/Words-v0", "tests/Whole-v0", "tests/Nothing-v0"])
 def test_games_that_cannot_be_played_say_why(game):
     with pytest.raises(d.UsageError, match="--game needs"):
         d.make_envs(game)
@@ -2990,6 +2991,9 @@ def play(config):
 
 # -------------------------------------------------------------------------- pictures
 
+SEQUENCES, LENGTH, CONTEXT = 6, 50, 5  # of a dream: side by side, steps, steps with images
+
+
 def to_png(frames, milliseconds=100):
     """Frames (T, H, W, C) uint8, gray or red, green and blue, as the bytes of a PNG. Several
     make it an animated one, of which a viewer that knows none shows the first."""
@@ -3050,7 +3054,7 @@ def episode(agent, envs, greedy, longest=500):
 
 
 @torch.no_grad()
-def open_loop(agent, image, action, is_first, context=5):
+def open_loop(agent, image, action, is_first, context=CONTEXT):
     """Truth, model and error (T, 3, B, C, 64, 64) in [-½, ½]: the model sees the first
     `context` images, then the actions alone. An error of nought is gray."""
     model = agent.world_model
@@ -3065,33 +3069,32 @@ def open_loop(agent, image, action, is_first, context=5):
     return torch.stack([truth, guess, (guess - truth) / 2], 1)
 
 
-def draw_dream(agent, batch, context=5):
+def draw_dream(agent, batch):
     """Sequences (T, B, ...) beside the model's own idea of them, as frames (T', H', W', C): an
     animation, a white line on top while the model sees; and the first two sequences as a film
     strip of one frame, a white line where it closes its eyes."""
-    batch = {k: batch[k] for k in ("image", "action", "is_first")}
-    pixels = to_pixels(open_loop(agent, **batch, context=context))  # (T, 3, B, H, W, C)
+    pixels = to_pixels(open_loop(agent, batch["image"], batch["action"], batch["is_first"]))
     T, kinds, B, H, W, C = pixels.shape
     film = pixels.transpose(0, 1, 3, 2, 4, 5).reshape(T, kinds * H, B * W, C)
-    film[:context, :2] = 255
+    film[:CONTEXT, :2] = 255
     strip = pixels[:, :, :2].transpose(2, 1, 3, 0, 4, 5).reshape(1, -1, T * W, C)
-    strip[:, :, context * W - 1:context * W + 1] = 255
+    strip[:, :, CONTEXT * W - 1:CONTEXT * W + 1] = 255
     return film, strip
 
 
-def dream(config, length=50, sequences=6):
+def dream(config):
     """dreamerv2.py --dream: the model's idea of newly played sequences, see draw_dream."""
     agent, counters = trained_agent(config, "--dream")
-    envs = d.make_game(config, sequences, counters["steps"], 3)
+    envs = d.make_game(config, SEQUENCES, counters["steps"], 3)
     row, memory, rows = envs.reset(), None, []
-    for _ in range(2 * length + sequences):
+    for _ in range(2 * LENGTH + SEQUENCES):
         rows.append(row)
         action, memory = d.choose(agent, envs, row, memory)
         row = envs.step(action)
     # Not how a game begins, and each a step later than the last: short episodes run in step.
-    batch = {k: torch.from_numpy(np.stack([
-        [getattr(rows[length + i + t], k)[i] for i in range(sequences)]
-        for t in range(length)])).to(agent.device) for k in ("image", "action", "is_first")}
+    batch = d.upload({k: np.stack([
+        [getattr(rows[LENGTH + i + t], k)[i] for i in range(SEQUENCES)]
+        for t in range(LENGTH)]) for k in d.Row._fields}, agent.device)
     batch["is_first"][0] = True
     save_pictures(config, "dream", *draw_dream(agent, batch))
 
@@ -3115,10 +3118,10 @@ class Watch:
     def __call__(self, line, agent, replay):
         steps, every, folder = line["step"], self.config.eval_every_steps, self.config.logdir
         due = steps // every > self.last // every or steps >= self.config.steps
-        self.last, length = steps, min(50, len(replay) // replay.num_envs)
-        if due and length > 5:  # more than the context
+        self.last, length = steps, min(LENGTH, len(replay) // replay.num_envs)
+        if due and length > CONTEXT:
             draws, replay.random = replay.random, np.random.default_rng(steps)
-            batch = d.upload(replay.sample(6, length), agent.device)
+            batch = d.upload(replay.sample(SEQUENCES, length), agent.device)
             replay.random = draws
             with torch.random.fork_rng(devices=[]):
                 film, strip = draw_dream(agent, batch)
@@ -3951,7 +3954,7 @@ def test_public_pieces_have_docstrings_and_lines_are_short():
 
 
 def test_only_the_five_packages_are_imported():
-    """And, for --benchmark and --scores, this file."""
+    """And this file, for all that measures and draws."""
     allowed = {"torch", "gymnasium", "ale_py", "numpy", "tqdm", "test_dreamerv2",
                *sys.stdlib_module_names}
     for node in ast.walk(TREE):
@@ -3961,8 +3964,7 @@ def test_only_the_five_packages_are_imported():
             assert {m.split(".")[0] for m in modules} <= allowed
 
 
-def test_readme_snippets_run_and_its_tables_are_complete(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_readme_snippets_run_and_its_tables_are_complete(capsys):
     assert run("--game", "Catch", "--preset", "debug", "--logdir", "runs/catch-small-seed0",
                "--steps", 220) == 0
     readme = (HERE / "README.md").read_text(encoding="utf-8")
