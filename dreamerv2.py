@@ -219,6 +219,11 @@ class Config:
     kl_balancing: bool = True  # Algorithm 2; off, the plain KL: 0.84, 0.16
     policy_reinforce: bool = True  # Reinforce gradients; off, ρ = 0: 0.69, 0.15
     image_gradients: bool = True  # image loss trains the RSSM; off: 0.04, 0.01
+    # What DreamerV3 changed, see the end of Part 2; preset v3 turns all four on
+    symexp_twohot: bool = False  # reward head and critic: a cross-entropy on 255 bins
+    free_bits: float = 0.0  # nats that each KL term of a state is free of; V3: 1
+    return_scale: bool = False  # divide advantages by the range of returns, if above 1
+    unimix: float = 0.0  # share of a uniform in latents and policy; V3: 0.01
     # Optimisers
     adam_eps: float = 1e-5  # Adam's epsilon; paper: 1e-5
     grad_clip: float = 100.0  # largest global gradient norm, per optimiser; paper: 100
@@ -246,6 +251,10 @@ PRESETS = {
     " --kl-scale 1 --free-nats 1 --no-discount-head --no-reward-tanh --model-lr 3e-4"
     " --gamma 0.99 --reinforce-mix 0 --entropy-scale 1e-4 --actor-lr 8e-5"
     " --critic-lr 8e-5 --eval-every-steps 10000",
+    # DreamerV3's four changes; all the rest stays DreamerV2's. It weighs
+    # the prior's KL by β·α = 1 and the posterior's by β·(1 - α) = 0.1.
+    "v3": "--symexp-twohot --no-reward-tanh --free-bits 1 --kl-scale 1.1"
+    " --kl-balance 0.9090909 --return-scale --unimix 0.01 --entropy-scale 3e-4",
     # For a CPU: small networks, with values found by trial on Catch.
     "small": "--steps 10000 --replay-capacity 100000 --prefill-steps 2500"
     " --steps-per-update 2 --batch-size 16 --seq-len 8 --num-latents 16"
@@ -320,9 +329,8 @@ def categorical_kl(p_logits: Tensor, q_logits: Tensor) -> Tensor:
     return (log_p.exp() * (log_p - log_q)).sum((-2, -1))
 
 
-def balanced_kl(
-    posterior: Tensor, prior: Tensor, alpha: float | None, kl=categorical_kl
-):
+def balanced_kl(posterior: Tensor, prior: Tensor, alpha: float | None,
+                kl=categorical_kl, free_bits: float = 0.0):
     """KL balancing: train the prior faster than the posterior. [Alg. 2]
         loss = α KL(sg(posterior) ‖ prior) + (1 - α) KL(posterior ‖ sg(prior))
     posterior, prior: logits (..., S, K) -> (loss, kl), each (...) in nats. Both terms
@@ -342,15 +350,21 @@ def balanced_kl(
     >>> loss, _ = balanced_kl(post, post.detach(), alpha=0.75)    # equal: KL 0 ...
     >>> loss.item(), torch.autograd.grad(loss, post)[0].tolist()    # ... and no pull
     (0.0, [[0.0, 0.0]])
+
+    DreamerV3's free bits: max(free_bits, KL) of each term in each state. Below that
+    nothing asks the latents to be predictable, so that they may begin to speak.
+    >>> balanced_kl(post, prior, 0.75, free_bits=1.0)[0].item()      # the KL is 0.14
+    1.0
     """
     if alpha is None:
         plain = kl(posterior, prior)
-        return plain, plain.detach()
-    train_prior = kl(posterior.detach(), prior)
-    train_posterior = kl(posterior, prior.detach())
+        return plain.clamp(min=free_bits), plain.detach()
+    nats = kl(posterior.detach(), prior)
+    train_prior = nats.clamp(min=free_bits)
+    train_posterior = kl(posterior, prior.detach()).clamp(min=free_bits)
     # Without the balance the posterior is dragged towards a prior that has learned
     # nothing yet. Paper, Table 2: the gamer median falls from 1.64 to 0.84.
-    return alpha * train_prior + (1 - alpha) * train_posterior, train_prior.detach()
+    return alpha * train_prior + (1 - alpha) * train_posterior, nats.detach()
 
 
 def gaussian(params: Tensor) -> torch.distributions.Normal:
@@ -431,6 +445,61 @@ class TruncatedNormal:
         high = (1 - self.mode) * self.normal.log_prob(1).exp()
         cut = (low - high) / (2 * self.inside)
         return (self.normal.entropy() + self.inside.log() + cut).sum(-1)
+
+
+def unimix(logits: Tensor, share: float) -> Tensor:
+    """Logits (..., K) of (1 - share)·softmax(logits) + share / K: no class is ruled
+    out, so that no KL and no ln p becomes huge. This and what follows is DreamerV3's.
+    >>> unimix(torch.tensor([0.0, 100.0]), 0.5).exp().tolist()
+    [0.25, 0.75]
+    """
+    mixed = (1 - share) * logits.softmax(-1) + share / logits.shape[-1]
+    return mixed.log() if share else logits
+
+
+def symlog(x: Tensor) -> Tensor:
+    """sign(x)·ln(|x| + 1): nearly x around 0, a logarithm far away."""
+    return x.sign() * x.abs().log1p()
+
+
+def symexp(x: Tensor) -> Tensor:
+    """sign(x)·(exp(|x|) - 1), its inverse.
+    >>> [round(x, 3) for x in symexp(torch.tensor([-1.0, 0.0, 2.0])).tolist()]
+    [-1.718, 0.0, 6.389]
+    """
+    return x.sign() * x.abs().expm1()
+
+
+def head_mean(out: Tensor) -> Tensor:
+    """The number that a head predicts: its one output (..., 1), or softmax(out)·bins of
+    (..., K), K odd, with bins symexp(-20 ... 20) -> (...). They reach ±5e8, so each is
+    paired with its negative: equal logits give exactly 0.
+    >>> head_mean(torch.zeros(255)).item()
+    0.0
+    """
+    half, probs = out.shape[-1] // 2, out.softmax(-1)
+    if half == 0:
+        return out.squeeze(-1)
+    bins = symexp(torch.linspace(0, 20, half + 1, device=out.device)[1:])
+    return ((probs[..., half + 1:] - probs[..., :half].flip(-1)) * bins).sum(-1)
+
+
+def twohot_nll(out: Tensor, target: Tensor) -> Tensor:
+    """Cross-entropy of a head with bins, out (..., K), target y (...) -> (...).
+        - Σ_k twohot(y)[k] · ln softmax(out)[k]
+    The two bins around y share its weight of 1 linearly. Its gradient does not grow
+    with y, as that of a squared error does: rewards of any size need no tanh.
+    >>> out = torch.tensor([0.1, 0.2, 0.7]).log()           # at symexp of -20, 0, 20
+    >>> y = symexp(torch.tensor(20.0)) / 4                  # ¾ at 0, ¼ at the last
+    >>> round(twohot_nll(out, y).item(), 3)                 # -(¾ ln 0.2 + ¼ ln 0.7)
+    1.296
+    """
+    bins = symexp(torch.linspace(-20, 20, out.shape[-1], device=out.device))
+    above = torch.searchsorted(bins, target.contiguous()).clamp(1, len(bins) - 1)
+    share = (target - bins[above - 1]) / (bins[above] - bins[above - 1])
+    log_p, above = out.log_softmax(-1), above[..., None]
+    lower, upper = log_p.gather(-1, above - 1), log_p.gather(-1, above)
+    return -torch.lerp(lower[..., 0], upper[..., 0], share.clamp(0, 1))
 
 
 # %% Part 3 | Networks
@@ -591,9 +660,9 @@ class RSSM(nn.Module):
 
     def __init__(self, action_dim: int, embed_dim: int, num_latents: int = 32,
                  num_classes: int = 32, deter_size: int = 600, hidden_size: int = 600,
-                 layer_norm: bool = True):
+                 layer_norm: bool = True, unimix: float = 0.0):
         super().__init__()
-        self.latent_shape = (num_latents, num_classes)
+        self.latent_shape, self.unimix = (num_latents, num_classes), unimix
         self.deter_size, self.action_dim = deter_size, action_dim
         latent_size = num_latents * num_classes
         self.feature_size = latent_size + deter_size
@@ -621,8 +690,12 @@ class RSSM(nn.Module):
 
     def prior_logits(self, h: Tensor) -> Tensor:
         """Logits of p(ẑ[t] | h[t]), (..., D) -> (..., S, K)."""
-        logits = self.prior_out(F.elu(self.prior_in(h))).float()
-        return logits.unflatten(-1, (self.latent_shape[0], -1))
+        return self.to_logits(self.prior_out(F.elu(self.prior_in(h))))
+
+    def to_logits(self, out: Tensor) -> Tensor:
+        """What a layer puts out, (..., S·K) -> (..., S, K) in float32."""
+        logits = out.float().unflatten(-1, (self.latent_shape[0], -1))
+        return unimix(logits, self.unimix)
 
     def img_step(self, state: State, action: Tensor) -> State:
         """One step without an image: z comes from the prior. action (N, A)."""
@@ -639,8 +712,8 @@ class RSSM(nn.Module):
         keep = (~is_first).to(embed.dtype)[:, None]
         fresh = State(state.h * keep, state.z * keep[:, None], state.logits)
         h = self.recurrent(fresh, action * keep)
-        logits = self.post_out(F.elu(self.post_in(torch.cat([h, embed], -1))))
-        logits = logits.float().unflatten(-1, (self.latent_shape[0], -1))
+        out = self.post_out(F.elu(self.post_in(torch.cat([h, embed], -1))))
+        logits = self.to_logits(out)
         return State(h, self.sample(logits), logits)
 
     def observe(self, embeds: Tensor, actions: Tensor, is_first: Tensor,
@@ -694,17 +767,20 @@ class WorldModel(nn.Module):
     """Encoder, RSSM, image, reward and discount heads, and their loss. [Eq. 2]"""
     def __init__(self, action_dim: int, channels: int = 1, *, cnn_depth: int = 48,
                  mlp_layers: int = 4, mlp_units: int = 400,
-                 discrete_latents: bool = True, **rssm_sizes: int):
+                 discrete_latents: bool = True, symexp_twohot: bool = False,
+                 **rssm_sizes: int):
         super().__init__()
         if discrete_latents:
             rssm, self.kl, self.entropy = RSSM, categorical_kl, categorical_entropy
         else:
             rssm, self.kl, self.entropy = GaussianRSSM, gaussian_kl, gaussian_entropy
+            rssm_sizes["unimix"] = 0.0  # that is for classes
         self.encoder = ConvEncoder(channels, cnn_depth)
         self.rssm = rssm(action_dim, self.encoder.embed_dim, **rssm_sizes)
         size = self.rssm.feature_size
         self.decoder = ConvDecoder(size, channels, cnn_depth)
-        self.reward_head = mlp(size, 1, mlp_layers, mlp_units)
+        self.twohot = symexp_twohot
+        self.reward_head = mlp(size, 255 if self.twohot else 1, mlp_layers, mlp_units)
         self.discount_head = mlp(size, 1, mlp_layers, mlp_units)
 
     @staticmethod
@@ -716,7 +792,7 @@ class WorldModel(nn.Module):
         """Mean reward on arriving in a state, (..., F) -> (...). With reward_tanh it is
         the tanh of the game's, in imagination too: the critic's scale is then the same
         in every game."""
-        return self.reward_head(feature).squeeze(-1)
+        return head_mean(self.reward_head(feature))
 
     def predict_discount(self, feature: Tensor) -> Tensor:
         """Discount of a state, (..., F) -> (...): γ if play goes on, 0 if it ends. γ is
@@ -726,8 +802,8 @@ class WorldModel(nn.Module):
     def loss(self, image: Tensor, action: Tensor, reward: Tensor, is_first: Tensor,
              is_terminal: Tensor, *, gamma: float, kl_scale: float,
              kl_balance: float | None, discount_scale: float, free_nats: float = 0.0,
-             reward_tanh: bool = True, image_gradients: bool = True,
-             reward_gradients: bool = True):
+             free_bits: float = 0.0, reward_tanh: bool = True,
+             image_gradients: bool = True, reward_gradients: bool = True):
         """The world-model loss of one batch. [Eq. 2]
             E_q Σ_t [ -ln p(x[t] | h[t], z[t]) - ln p(r[t] | h[t], z[t])
                       -ln p(γ[t] | h[t], z[t]) + β KL(q(z | h[t], x[t]) ‖ p(z | h[t])) ]
@@ -748,15 +824,19 @@ class WorldModel(nn.Module):
         # else: replay keeps raw rewards, and scores are reported raw.
         reward_target = reward.tanh() if reward_tanh else reward
         seen = feature if reward_gradients else feature.detach()
-        reward_mean = self.predict_reward(seen)
+        out = self.reward_head(seen)
+        reward_mean = head_mean(out)
         reward_loss = normal_nll(reward_mean, reward_target).mean()
+        if self.twohot:
+            reward_loss = twohot_nll(out, reward_target).mean()
         # A soft target, γ or 0, not 1 or 0: the head's mean then IS the discount, and a
-        # truncated episode (not terminal) keeps its γ. The target 1 in place of γ would
-        # teach a discount of 1, and returns would not be discounted.
+        # truncated episode (not terminal) keeps its γ. A target of 1 in its place would
+        # teach a discount of 1, so that returns are not discounted.
         discount_target = gamma * (1 - is_terminal.float())
         logit = self.discount_head(feature).squeeze(-1)
         discount_loss = F.binary_cross_entropy_with_logits(logit, discount_target)
-        kl_loss, kl = balanced_kl(posterior.logits, prior, kl_balance, self.kl)
+        kl_loss, kl = balanced_kl(
+            posterior.logits, prior, kl_balance, self.kl, free_bits)
         kl_loss = kl_loss.mean().clamp(min=free_nats)
         loss = image_loss + reward_loss
         loss = loss + discount_scale * discount_loss + kl_scale * kl_loss
@@ -861,22 +941,36 @@ def trajectory_weights(discount: Tensor) -> Tensor:
     return torch.cat([torch.ones_like(discount[:1]), discount[:-1]]).cumprod(0)
 
 
-def critic_loss(value: Tensor, returns: Tensor, weights: Tensor):
+def critic_loss(value: Tensor, returns: Tensor, weights: Tensor, bins=None):
     """Squared error towards the returns. [Eq. 5]
         mean over t, n of  w[t] · ½ (v(z[t]) - sg(V[t]))²
-    value, returns, weights (H, N), t = 0 .. H-1 -> loss (scalar), metrics. [D7]
+    value, returns, weights (H, N), t = 0 .. H-1 -> loss (scalar), metrics. [D7] With
+    bins (H, N, K), of which value is the mean, DreamerV3's twohot_nll in its place.
     >>> v, V = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 6.0])
     >>> w = torch.tensor([1.0, 0.5])
     >>> critic_loss(v, V, w)[0].item()              # (1·½·4 + ½·½·16) / 2
     3.0
     """
-    loss = (weights * 0.5 * (value - returns.detach()) ** 2).mean()
+    target = returns.detach()
+    error = 0.5 * (value - target) ** 2 if bins is None else twohot_nll(bins, target)
+    loss = (weights * error).mean()
     means = dict(value=value.detach().mean(), returns=returns.detach().mean())
     return loss, dict(critic_loss=loss.detach()) | means
 
 
+def returns_range(returns: Tensor) -> Tensor:
+    """P95 - P5, the range of returns without outliers, a scalar. DreamerV3 divides the
+    advantage by max(1, S), S its running mean: large returns are scaled down, so that η
+    fits all games; small ones, which may be noise, are not scaled up.
+    >>> round(returns_range(torch.arange(101.0)).item(), 2)
+    90.0
+    """
+    return returns.quantile(0.95) - returns.quantile(0.05)
+
+
 def actor_loss(log_prob: Tensor, entropy: Tensor, returns: Tensor, baseline: Tensor,
-               weights: Tensor, *, entropy_scale: float, reinforce_mix: float = 1.0):
+               weights: Tensor, *, entropy_scale: float, reinforce_mix: float = 1.0,
+               return_scale: float = 1.0):
     """Reinforce, dynamics backpropagation and entropy. [Eq. 6]
         mean over t, n of  w[t] · ( - ρ · ln p(a_t | z[t]) · sg(V[t] - v(z[t]))
                                     - (1 - ρ) · V[t]
@@ -896,7 +990,7 @@ def actor_loss(log_prob: Tensor, entropy: Tensor, returns: Tensor, baseline: Ten
     """
     # A number, not a path: with ρ < 1 the returns carry a gradient, and without the
     # detach Reinforce would send it on, times ln p.
-    advantage = (returns - baseline).detach()
+    advantage = (returns - baseline).detach() / return_scale
     objective = (
         reinforce_mix * log_prob * advantage
         + (1 - reinforce_mix) * returns
@@ -911,6 +1005,11 @@ def actor_loss(log_prob: Tensor, entropy: Tensor, returns: Tensor, baseline: Ten
 # the full model state [z, h], and one gradient step of everything, on one screen.
 # In: a batch of rows (T, B, ...). Out: weights that moved, and metrics.
 # Predict: Adam's first step moves all weights by nearly the same amount. How far?
+
+
+def fields(source, names: str) -> dict:
+    """The named settings, to pass on as keywords."""
+    return {name: getattr(source, name) for name in names.split()}
 
 
 class Optimizer:
@@ -988,24 +1087,26 @@ class Agent(nn.Module):
         c, self.num_actions, self.updates = config, num_actions, 0
         self.device = torch.device(device)
         on_gpu = self.device.type == "cuda"
-        bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
-        auto = "bf16" if bf16 else "fp32"
+        auto = "bf16" if on_gpu and torch.cuda.is_bf16_supported(False) else "fp32"
         self.precision = auto if c.precision == "auto" else c.precision
-        names = """num_latents num_classes deter_size hidden_size cnn_depth mlp_layers
-            mlp_units layer_norm discrete_latents""".split()
-        sizes = {name: getattr(c, name) for name in names}
-        self.world_model = WorldModel(num_actions, channels, **sizes)
-        size = self.world_model.rssm.feature_size
+        self.world_model = WorldModel(num_actions, channels, **fields(
+            c, """num_latents num_classes deter_size hidden_size cnn_depth mlp_layers
+            mlp_units layer_norm discrete_latents symexp_twohot unimix"""))
+        size, widths = self.world_model.rssm.feature_size, (c.mlp_layers, c.mlp_units)
         self.distribution = TruncatedNormal if continuous else OneHot
-        outputs = num_actions * (2 if continuous else 1)
-        self.actor = mlp(size, outputs, c.mlp_layers, c.mlp_units)
-        self.critic = mlp(size, 1, c.mlp_layers, c.mlp_units)
+        self.actor = mlp(size, num_actions * (2 if continuous else 1), *widths)
+        self.critic = mlp(size, 255 if c.symexp_twohot else 1, *widths)
         self.apply(glorot_init)
+        if c.symexp_twohot:  # at first they predict 0
+            nn.init.zeros_(self.critic[-2].weight)
+            nn.init.zeros_(self.world_model.reward_head[-2].weight)
+        # S of returns_range; saved only where it is used.
+        self.register_buffer("spread", torch.zeros(()), persistent=c.return_scale)
+        self.unimix = 0.0 if continuous else c.unimix
         self.slow_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.to(self.device)
-        names = """gamma kl_scale kl_balance free_nats discount_scale reward_tanh
-            reward_gradients image_gradients""".split()
-        self.model_loss_args = {name: getattr(c, name) for name in names}
+        self.model_loss_args = fields(c, """gamma kl_scale kl_balance free_nats
+            free_bits discount_scale reward_tanh reward_gradients image_gradients""")
         if not c.kl_balancing:
             self.model_loss_args["kl_balance"] = None
         if not c.discount_head:
@@ -1015,16 +1116,15 @@ class Agent(nn.Module):
             # Paper: continuous actions learn by dynamics alone; so does the ablation.
             self.mix = (0.0, 0.0)
         self.entropy = (c.entropy_scale, c.entropy_scale_end)
-        self.anneal_steps = c.anneal_steps or math.inf
         self.reinforce_mix, self.entropy_scale = torch.zeros(2, 1, device=self.device)
-        self.horizon, self.gamma, self.lambda_ = c.horizon, c.gamma, c.return_lambda
-        self.discount_head, self.slow_baseline = c.discount_head, c.slow_baseline
-        self.shift, self.slow_every_updates = c.shifted_advantage, c.slow_every_updates
+        names = """horizon gamma return_lambda discount_head slow_baseline return_scale
+            shifted_advantage slow_every_updates anneal_steps"""
+        for name, value in fields(c, names).items():
+            setattr(self, name, value)
         shared = dict(eps=c.adam_eps, clip=c.grad_clip, decay=c.weight_decay)
-        self.optimizers = dict(
-            model=Optimizer(self.world_model, lr=c.model_lr, **shared),
-            actor=Optimizer(self.actor, lr=c.actor_lr, **shared),
-            critic=Optimizer(self.critic, lr=c.critic_lr, **shared))
+        learners = dict(model=self.world_model, actor=self.actor, critic=self.critic)
+        self.optimizers = {name: Optimizer(net, lr=getattr(c, f"{name}_lr"), **shared)
+                           for name, net in learners.items()}
         if c.cuda_graphs and on_gpu:
             self.update_networks = CudaGraph(self.update_networks)
             self.decide = CudaGraph(self.decide)
@@ -1039,7 +1139,7 @@ class Agent(nn.Module):
 
     def policy(self, feature: Tensor):
         """p(a_t | z_t) of states (..., F), with rsample, mode, log_prob, entropy."""
-        return self.distribution(self.actor(feature))
+        return self.distribution(unimix(self.actor(feature), self.unimix))
 
     @torch.no_grad()
     def act(self, image: Tensor, is_first: Tensor, memory=None, greedy: bool = False):
@@ -1066,7 +1166,7 @@ class Agent(nn.Module):
 
     def schedule(self, step: int) -> tuple[float, float]:
         """ρ and η after so many decisions: each moves in a straight line to its end."""
-        done = min(1.0, step / self.anneal_steps)
+        done = min(1.0, step / (self.anneal_steps or math.inf))
         mix, entropy = self.mix, self.entropy
         mix = mix[0] + done * (mix[1] - mix[0])
         return mix, entropy[0] + done * (entropy[1] - entropy[0])
@@ -1108,25 +1208,31 @@ class Agent(nn.Module):
             discount = torch.cat([true_discount[None], discount])
             if not self.discount_head:  # every discount is γ, even after an end
                 discount = torch.full_like(discount, self.gamma)
-            slow_value = self.slow_critic(features).squeeze(-1)
-            returns = lambda_return(reward, slow_value, discount, self.lambda_)
+            slow_value = head_mean(self.slow_critic(features))
+            returns = lambda_return(reward, slow_value, discount, self.return_lambda)
             weights = trajectory_weights(discount.detach())
 
         # 3. Critic: predict the returns. [Eq. 5]  State H only bootstraps.
-        states, end = features[:-1].detach(), self.horizon - self.shift  # [D5]
+        shift = int(self.shifted_advantage)  # [D5]
+        states, end = features[:-1].detach(), self.horizon - shift
         with self.autocast():  # the policy runs again, for the gradient of ln p
-            value, policy = self.critic(states).squeeze(-1), self.policy(states[:end])
-        loss_of_critic, critic_metrics = critic_loss(value, returns, weights)
+            out, policy = self.critic(states), self.policy(states[:end])
+        value, bins = head_mean(out), out if out.shape[-1] > 1 else None
+        loss_of_critic, critic_metrics = critic_loss(value, returns, weights, bins)
 
         # 4. Actor: make good returns likelier. [Eq. 6]  actions[t+1] was chosen in
         #    state t; in ln p it is a constant, though with ρ < 1 it carries a gradient.
         #    shift = 1 (--shifted-advantage) credits it with V[t+1] [D5].
         baseline = slow_value[:-1] if self.slow_baseline else value
+        scale = 1.0
+        if self.return_scale:  # in place, for CUDA graphs and checkpoints
+            self.spread.lerp_(returns_range(returns.detach()), 0.01)
+            scale = self.spread.clamp(min=1)
         log_prob = policy.log_prob(actions[1:end + 1].detach())
         loss_of_actor, actor_metrics = actor_loss(
-            log_prob, policy.entropy(), returns[self.shift:], baseline[:end],
+            log_prob, policy.entropy(), returns[shift:], baseline[:end],
             weights[:end], entropy_scale=self.entropy_scale,
-            reinforce_mix=self.reinforce_mix)
+            reinforce_mix=self.reinforce_mix, return_scale=scale)
         metrics |= critic_metrics | actor_metrics
         metrics["actor_grad_norm"] = self.optimizers["actor"].minimize(loss_of_actor)
         metrics["critic_grad_norm"] = self.optimizers["critic"].minimize(loss_of_critic)
@@ -1842,9 +1948,8 @@ def locked(folder: Path):
 def make_game(config: Config, num_envs: int, purpose: int, steps: int = 0) -> Envs:
     """The config's game, seeded by what it is made for and the decisions so far."""
     seed = np.random.default_rng((config.seed, steps, purpose)).integers(2**30)
-    names = "action_repeat sticky max_noops time_limit full_action_space env_processes"
-    rules = {name: getattr(config, name) for name in names.split()}
-    return make_envs(config.game, num_envs, int(seed), **rules)
+    rules = "action_repeat sticky max_noops time_limit full_action_space env_processes"
+    return make_envs(config.game, num_envs, int(seed), **fields(config, rules))
 
 
 def new_agent(config: Config, envs: Envs) -> Agent:

@@ -718,7 +718,7 @@ def test_a_step_of_every_switch_and_preset(settings, continuous):
     metrics = agent.train_step(batch, step=5)
     assert agent.precision == "fp32"  # what auto is on a CPU [D11]
     assert all(v.isfinite() and v.dtype == torch.float32 for v in metrics.values())
-    moved = {module_of(k) for k, v in agent.state_dict().items()
+    moved = {module_of(k) for k, v in agent.named_parameters()
              if not torch.allclose(v, before[k], rtol=1e-5, atol=1e-8)}  # by more than decay
     off = {"slow_critic"} if agent.discount_head else {"slow_critic", "discount_head"}
     assert moved == set(MODULES) - off
@@ -1000,6 +1000,81 @@ def contents(folder):
 
 def counters(logdir, name="checkpoint.pt"):
     return torch.load(Path(logdir) / name, weights_only=True)["counters"]
+
+
+# ----------------------------------------------------------- what DreamerV3 changed
+
+@pytest.mark.parametrize("y", [
+    -6e8, -4.851651954e8, -1e4, -1.0, -0.01, 0.0, 1e-3, 0.08, 3.7, 250.0, 123456.0, 1e9])
+def test_two_hot_is_its_slow_twin_and_its_mean_gives_the_number_back(y):
+    bins = [math.copysign(math.expm1(abs(x)), x) for x in np.linspace(-20, 20, 255)]
+    inside = min(max(y, bins[0]), bins[-1])
+    i = next(i for i in range(254) if bins[i] <= inside <= bins[i + 1])
+    upper = (inside - bins[i]) / (bins[i + 1] - bins[i])
+    out = torch.randn(255, generator=torch.Generator().manual_seed(0))
+    log_p = out.double().log_softmax(0)
+    loss = -(1 - upper) * log_p[i].item() - upper * log_p[i + 1].item()
+    found = d.twohot_nll(out.expand(2, 3, 255), torch.full((2, 3), y))
+    assert found.shape == (2, 3) and found[1, 2].item() == pytest.approx(loss, rel=2e-3)
+    certain = torch.full((255,), -100.0)
+    certain[i], certain[i + 1] = math.log(1 - upper + 1e-9), math.log(upper + 1e-9)
+    assert d.head_mean(certain).item() == pytest.approx(inside, rel=1e-3, abs=1e-2)
+
+
+def test_symlog_and_symexp_are_each_others_inverse():
+    x = torch.tensor([-20.0, -1.0, -1e-3, 0.0, 0.5, 7.0])
+    assert_close(d.symlog(d.symexp(x)), x)
+    assert d.symlog(torch.tensor([math.e - 1, -99.0])).tolist() == pytest.approx(
+        [1.0, -math.log(100)])
+
+
+def test_free_bits_take_the_gradient_of_each_term_below_them():
+    """The loss is α·max(1, KL) + (1 - α)·max(1, KL); metrics show the KL as it is."""
+    post = torch.tensor([[[0.0, 0.0]], [[9.0, 0.0]]], requires_grad=True)  # KL 0.14, 1.36
+    prior = torch.tensor([3.0, 1.0]).log().flip(0).expand(2, 1, 2).clone().requires_grad_()
+    loss, kl = d.balanced_kl(post, prior, 0.8, free_bits=1.0)
+    assert loss.tolist() == pytest.approx([1.0, kl[1].item()]) and kl[0] < 0.2 and kl[1] > 1
+    loss.sum().backward()
+    for logits in (post, prior):
+        assert not logits.grad[0].any() and logits.grad[1].any()
+
+
+@pytest.mark.parametrize("raw, scale", [(100.0, 0.99 * 100 + 0.01), (0.0, 1.0)])
+def test_the_return_scale_is_a_running_range_and_a_constant(raw, scale, monkeypatch):
+    agent = tiny_agent(return_scale=True, reinforce_mix=0.5)
+    agent.spread.fill_(raw)
+    ranges = iter([torch.tensor(1.0)])
+    monkeypatch.setattr(d, "returns_range", lambda returns: (
+        next(ranges) if not returns.requires_grad else pytest.fail("a path for gradients")))
+    actor = watch(monkeypatch, "actor_loss")
+    agent.train_step(random_batch())
+    assert actor.inputs["return_scale"].item() == pytest.approx(scale)
+    assert "spread" in agent.state_dict() and "spread" not in tiny_agent().state_dict()
+    x = np.random.default_rng(0).normal(size=(15, 40)).astype(np.float32)
+    monkeypatch.undo()
+    assert d.returns_range(torch.from_numpy(x)).item() == pytest.approx(
+        np.percentile(x, 95) - np.percentile(x, 5), rel=1e-5)
+
+
+def test_v3_starts_at_zero_and_rules_nothing_out(monkeypatch):
+    """And of the four switches each changes what it names: the agent without them differs in
+    nothing else."""
+    v3 = d.read_flags(d.PRESETS["v3"].split()) | SIZES
+    agent, critic = tiny_agent(**v3), watch(monkeypatch, "critic_loss")
+    feature = torch.randn(5, agent.world_model.rssm.feature_size)
+    assert not agent.world_model.predict_reward(feature).any()
+    assert not d.head_mean(agent.critic(feature)).any()
+    agent.actor[-2].weight.data *= 1e3
+    probs = agent.policy(feature).logits.softmax(-1)
+    assert probs.min().item() == pytest.approx(0.01 / 3, rel=1e-3)
+    agent.world_model.rssm.prior_out.weight.data *= 1e4
+    logits = agent.world_model.rssm.prior_logits(torch.randn(5, SIZES["deter_size"]))
+    assert logits.exp().min().item() == pytest.approx(0.01 / 4, rel=1e-3)
+    agent.train_step(random_batch())
+    assert critic.inputs["bins"].shape[-1] == 255
+    kl = agent.model_loss_args
+    assert kl["kl_scale"] * kl["kl_balance"] == pytest.approx(1, rel=1e-6)
+    assert kl["kl_scale"] * (1 - kl["kl_balance"]) == pytest.approx(0.1, rel=1e-6)
 
 
 # ---------------------------------------------------------------------------- replay
@@ -1593,7 +1668,8 @@ FLAGS = dict(
     entropy_scale_end=1e-4, actor_lr=1e-3, critic_lr=1e-3, slow_every_updates=3,
     slow_baseline=True, shifted_advantage=True, layer_norm=False, reward_gradients=False,
     discrete_latents=False, kl_balancing=False, policy_reinforce=False,
-    image_gradients=False, adam_eps=1e-4, grad_clip=1.0, weight_decay=1e-4,
+    image_gradients=False, symexp_twohot=True, free_bits=0.5, return_scale=True, unimix=0.05,
+    adam_eps=1e-4, grad_clip=1.0, weight_decay=1e-4,
     log_every_steps=20, eval_every_steps=50, eval_episodes=2, checkpoint_minutes=0.0)
 
 
@@ -1708,7 +1784,8 @@ def short_run(first_run, tmp_path):
 
 def test_a_checkpoint_restores_everything(tmp_path):
     """The next gradient steps, their random numbers and the next batches are the same."""
-    (a, b), batch = (tiny_agent(slow_every_updates=2) for _ in range(2)), random_batch()
+    a, b = (tiny_agent(slow_every_updates=2, return_scale=True) for _ in range(2))
+    batch = random_batch()
     rows, again = (counting_replay(tmp_path / x, 40, 50, seed=i) for i, x in enumerate("ab"))
     (tmp_path / "metrics.jsonl").write_text("{}\n")
     config = d.Config(logdir=str(tmp_path))
@@ -1983,7 +2060,8 @@ def meta_agent(monkeypatch):
 
 @pytest.mark.parametrize("continuous", [False, True])
 @pytest.mark.parametrize("settings", [
-    {}, dict(reinforce_mix=0.5), dict(discrete_latents=False)])
+    {}, dict(reinforce_mix=0.5), dict(discrete_latents=False), dict(
+        symexp_twohot=True, free_bits=1.0, return_scale=True, unimix=0.01)])
 def test_a_step_and_a_decision_stay_on_their_device_and_read_nothing_back(
         settings, continuous, meta_agent):
     (agent, batch), memory = meta_agent(d.Config(**DEBUG, **settings), 3, continuous), None
@@ -2412,7 +2490,7 @@ def test_learns_catch(tmp_path):
 
 # --------------------------------------------------------------------- the file itself
 
-LIMIT, CODE, LONGEST, WIDTH = 2100, 1185, 45, 88  # lines, of code, of a function; columns
+LIMIT, CODE, LONGEST, WIDTH = 2200, 1235, 45, 88  # lines, of code, of a function; columns
 README = HERE / "README.md"
 OPTIONS = {d.flag(field.name) for field in dataclasses.fields(d.Config)}
 
@@ -2561,7 +2639,7 @@ def test_a_crucial_line_is_explained_and_missed(part, rest, tests, tmp_path, mon
     pytest, and finds this module as it is, but with another d."""
     if part:
         above, _ = SOURCE.split(part)  # it is there once
-        assert re.search("ithout|tames|cuts|would teach", "".join(above.splitlines(True)[-11:]))
+        assert re.search("ithout|tames|cuts|IS the discount", "".join(above.splitlines(True)[-11:]))
     changed = types.ModuleType("dreamerv2")
     exec(SOURCE.replace(part, rest) if part else SOURCE, vars(changed))
     monkeypatch.setitem(globals(), "d", changed)
