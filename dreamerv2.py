@@ -98,7 +98,7 @@ that switches it or a test that holds it.
     D10  up to 30 no-ops    1 to 30                0 to 29          --max-noops
     D11  not said           float16                bfloat16, CUDA   --precision
     D12  not said           slow critic random     born as a copy   test_slow_critic
-    D13  not said           start's γ true (new)   true             test_true_start
+    D13  not said           γ[0] 0 after an end    the same         test_true_start
     D14  discount loss x 1  x 5                    x 5              --discount-scale
 
 COST at the paper's size: 22.2M parameters, 12.5M gradient steps of 2.37 TFLOP, a replay
@@ -133,8 +133,8 @@ import zlib
 from pathlib import Path
 from typing import NamedTuple
 
-# Idle OpenMP threads spin, and beside one other busy process a gradient step takes 100
-# times as long. With this they sleep after so many turns. It is read as torch loads.
+# Idle OpenMP threads spin, so beside one busy process a gradient step takes 100 times
+# as long. This limits the spins, then they sleep. OpenMP reads it when torch loads.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import gymnasium
@@ -148,7 +148,7 @@ __version__ = "0.2.0"
 
 
 # %% Part 1 | Configuration
-# Every number of the algorithm. Only Agent.__init__ and Parts 11 and 12 read it: all
+# Every number of the algorithm. Only Agent.__init__ and Part 12 read it: everything
 # between takes plain numbers. In: nothing. Out: one Config.
 # Predict: how many gradient steps does the paper's run of 50M decisions make?
 
@@ -171,7 +171,6 @@ class Config:
     cuda_graphs: bool = True  # on CUDA, record a step as a CUDA graph and replay it
     # Environment
     num_envs: int = 1  # environments played side by side; paper: 1
-    env_processes: bool = False  # each Gymnasium game in a process of its own
     action_repeat: int = 4  # frames per decision (Atari, Box actions); paper: 4
     sticky: float = 0.25  # chance a frame keeps the last action (Atari); paper: 0.25
     max_noops: int = 29  # most no-op frames at a reset (Atari); paper: 30 [D10]
@@ -193,7 +192,7 @@ class Config:
     mlp_units: int = 400  # units of each of those layers; paper: 400
     kl_scale: float = 0.1  # weight β of the KL; paper: 0.1, searched in 0.1 0.3 1 3
     kl_balance: float = 0.8  # share of the KL that trains the prior, α; paper: 0.8
-    free_nats: float = 0.0  # no KL gradient while its mean is below this; code: 0
+    free_nats: float = 0.0  # no KL gradient while its mean is less; authors' code: 0
     discount_scale: float = 5.0  # weight of the discount loss; authors' code: 5 [D14]
     discount_head: bool = True  # predict episode ends; no: every discount is γ
     reward_tanh: bool = True  # learn tanh(r) instead of r; paper: yes for Atari
@@ -235,8 +234,8 @@ class Config:
     checkpoint_minutes: float = 1.0  # minutes between checkpoints; 0: every decision
 
 
-# A preset is a line of flags, and differs from the paper in these only. Flags that are
-# typed go over it.
+# A preset is a string of flags; all that it does not name keeps its default. A flag on
+# the command line overrides it.
 PRESETS = {
     "atari": "",
     # The authors' code, version 2.2.0; D8 to D12 remain.
@@ -337,8 +336,8 @@ def balanced_kl(posterior: Tensor, prior: Tensor, alpha: float | None,
     have the same value, so loss equals kl; only the gradients differ. The first teaches
     the prior to predict, the second keeps the posterior predictable. The direction is
     always KL(posterior ‖ prior). α = None is the plain KL, with its full gradient to
-    both (--no-kl-balancing). Authors' code takes α = 0.5 for the plain KL; here each of
-    the two gradients is then half of the plain KL's.
+    both (--no-kl-balancing). Authors' code ablates with α = 0.5, which in the formula
+    above halves both gradients of the plain KL.
     >>> post = torch.tensor([[1.0, 1.0]]).log().requires_grad_()
     >>> prior = torch.tensor([[3.0, 1.0]]).log().requires_grad_()
     >>> loss, kl = balanced_kl(post, prior, alpha=0.75)
@@ -425,8 +424,9 @@ class TruncatedNormal:
 
     def __init__(self, params: Tensor):
         raw = gaussian(params)
-        self.mode, Normal = raw.mean.tanh(), torch.distributions.Normal
-        self.normal = Normal(self.mode, raw.stddev, validate_args=False)
+        self.mode = raw.mean.tanh()
+        self.normal = torch.distributions.Normal(
+            self.mode, raw.stddev, validate_args=False)
         self.below = self.normal.cdf(-1)  # the probability of the lower tail, cut off
         self.inside = self.normal.cdf(1) - self.below  # the probability that is left
 
@@ -517,7 +517,7 @@ def glorot_init(module: nn.Module) -> None:
 
 
 class ToFloat32(nn.Module):
-    """The end of a head: losses are float32, also where autocast multiplies in bf16."""
+    """Ends a head: losses need float32 even where autocast multiplies in bf16."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.float()
@@ -575,8 +575,8 @@ class ConvDecoder(nn.Module):
         self.net.to(memory_format=torch.channels_last)
 
     def forward(self, feature: Tensor) -> Tensor:
-        # From a 1×1 image a transposed convolution is 25 matrix products, one for each
-        # pixel. Here: done as a single one, in a quarter of the time on a CPU.
+        # On a 1×1 image a transposed convolution of kernel 5 is 25 matrix products, one
+        # for each output pixel; as a single product it takes a quarter of the time.
         weight, bias = self.net[0].weight.permute(0, 2, 3, 1), self.net[0].bias
         out = self.linear(feature).flatten(0, -2) @ weight.flatten(1)
         out = out.unflatten(-1, weight.shape[1:]).permute(0, 3, 1, 2)
@@ -674,13 +674,13 @@ class RSSM(nn.Module):
         self.post_out = nn.Linear(hidden_size, self.params_per_class * latent_size)
 
     def initial(self, n: int) -> State:
-        """n fresh states: zeros, not learned."""
+        """Initial states of n sequences: zeros, which are not learned."""
         h = self.img_in.weight.new_zeros(n, self.deter_size)
         z = h.new_zeros(n, *self.latent_shape)
         return State(h, z, z.repeat(1, 1, self.params_per_class))
 
     def sample(self, logits: Tensor) -> Tensor:
-        """z, (..., S, K), of its distribution."""
+        """A sample z (..., S, K) from the distribution of these logits."""
         return straight_through_sample(logits)
 
     def recurrent(self, state: State, action: Tensor) -> Tensor:
@@ -730,7 +730,7 @@ class RSSM(nn.Module):
             state = self.obs_step(state, action, embed, first)
             states.append(state)
         posterior = State(*(torch.stack(x) for x in zip(*states)))
-        # The prior needs no step before it, so all T take one matrix product.
+        # A prior depends on its h[t] alone, so all T are computed in one call.
         return posterior, self.prior_logits(posterior.h)
 
 
@@ -790,8 +790,7 @@ class WorldModel(nn.Module):
 
     def predict_reward(self, feature: Tensor) -> Tensor:
         """Mean reward on arriving in a state, (..., F) -> (...). With reward_tanh it is
-        the tanh of the game's, in imagination too: the critic's scale is then the same
-        in every game."""
+        the mean of tanh(r), so imagined rewards are bounded alike in every game."""
         return head_mean(self.reward_head(feature))
 
     def predict_discount(self, feature: Tensor) -> Tensor:
@@ -816,7 +815,7 @@ class WorldModel(nn.Module):
         target = self.preprocess(image)
         posterior, prior = self.rssm.observe(self.encoder(target), action, is_first)
         feature = posterior.feature
-        # Two ablations: the head learns as before, from states that it cannot change.
+        # In two ablations a head trains as before but sends the RSSM no gradient.
         mean = self.decoder(feature if image_gradients else feature.detach())
         assert mean.shape == image.shape, "the decoder must return the encoder's shape"
         image_loss = normal_nll(mean, target).sum((-3, -2, -1)).mean()
@@ -853,7 +852,7 @@ class WorldModel(nn.Module):
 
 
 # %% Part 6 | Imagination
-# The actor plays in its head, from each of the N = T·B posterior states of the batch.
+# The actor acts in the world model, from each of the N = T·B states of the batch.
 # In: N start states. Out: H + 1 features and the actions that led to them; no images.
 # Predict: which action is actions[0]?
 
@@ -898,7 +897,7 @@ def imagine(img_step, actor, start: State, horizon: int) -> tuple[Tensor, Tensor
 #     returns      V[0]      V[1]      V[2]         V[H-1]      V[H] = v(z[H])
 #
 # r[t] is received on ARRIVING in z[t], so V[t] and v(z[t]) both contain it, and it
-# cancels in the advantage V[t] - v(z[t]): a_t is praised or blamed for what follows it.
+# cancels in the advantage V[t] - v(z[t]): a_t is credited only with what follows it.
 # The paper has states 1 to H and H - 1 terms in a loss; here are states 0 to H and H
 # terms, 0 to H - 1. The weights w[t] of Equations 5 and 6 stand in the paper's text.
 # In: (H, N) tensors, values (H+1, N). Out: returns (H, N), and scalars to minimise.
@@ -988,8 +987,8 @@ def actor_loss(log_prob: Tensor, entropy: Tensor, returns: Tensor, baseline: Ten
     >>> loss.backward(); logits.grad.tolist()    # descent: good gets likelier
     [[-1.0, 1.0]]
     """
-    # A number, not a path: with ρ < 1 the returns carry a gradient, and without the
-    # detach Reinforce would send it on, times ln p.
+    # The advantage only weighs ln p. With ρ < 1 the returns carry a gradient, which
+    # without the detach would also flow through this product.
     advantage = (returns - baseline).detach() / return_scale
     objective = (
         reinforce_mix * log_prob * advantage
@@ -1034,8 +1033,8 @@ class Optimizer:
     def minimize(self, loss: Tensor) -> Tensor:
         """Minimise `loss` by one step; returns the gradient's norm before clipping."""
         self.adam.zero_grad()
-        # A loss's graph reaches other networks, too. With inputs= they get no gradient:
-        # each of the three learners moves its own weights.
+        # A loss's graph reaches other networks, too. inputs= limits the gradients to
+        # this optimiser's weights, so each of the three learners moves only its own.
         loss.backward(inputs=self.weights)
         norm = nn.utils.clip_grad_norm_(self.weights, self.clip)
         self.adam.step()
@@ -1111,12 +1110,12 @@ class Agent(nn.Module):
             self.model_loss_args["kl_balance"] = None
         if not c.discount_head:
             self.model_loss_args["discount_scale"] = 0.0
-        self.mix = (c.reinforce_mix, c.reinforce_mix_end)
-        if continuous or not c.policy_reinforce:
-            # Paper: continuous actions learn by dynamics alone; so does the ablation.
-            self.mix = (0.0, 0.0)
+        # Paper: continuous actions learn by dynamics alone; so does the ablation.
+        reinforce = c.policy_reinforce and not continuous
+        self.mix = (c.reinforce_mix, c.reinforce_mix_end) if reinforce else (0.0, 0.0)
         self.entropy = (c.entropy_scale, c.entropy_scale_end)
-        self.reinforce_mix, self.entropy_scale = torch.zeros(2, 1, device=self.device)
+        self.reinforce_mix = torch.zeros(1, device=self.device)
+        self.entropy_scale = torch.zeros(1, device=self.device)
         names = """horizon gamma return_lambda discount_head slow_baseline return_scale
             shifted_advantage slow_every_updates anneal_steps"""
         for name, value in fields(c, names).items():
@@ -1145,7 +1144,7 @@ class Agent(nn.Module):
     def act(self, image: Tensor, is_first: Tensor, memory=None, greedy: bool = False):
         """One decision for N environments: image (N, C, 64, 64) uint8, is_first (N,)
         bool and the memory of the call before (None at first) -> action (N, A), memory.
-        greedy takes the actor's mode, to evaluate; z is sampled all the same."""
+        greedy takes the policy's mode, for evaluation; z is sampled all the same."""
         if memory is None:
             h, z, _ = self.world_model.rssm.initial(len(image))
             memory = dict(h=h, z=z, action=h.new_zeros(len(image), self.num_actions))
@@ -1189,12 +1188,12 @@ class Agent(nn.Module):
         """World model, actor and critic learn from one batch: the whole algorithm."""
         # 1. World model: learn to predict what happened. [Eq. 2]
         with self.autocast():
-            arguments = batch | self.model_loss_args
-            loss, posterior, metrics = self.world_model.loss(**arguments)
+            loss, posterior, metrics = self.world_model.loss(
+                **batch, **self.model_loss_args)
         metrics["model_grad_norm"] = self.optimizers["model"].minimize(loss)
 
         # 2. Imagine H steps from every posterior state, with the model just updated.
-        #    The detach cuts behaviour off the encoder; only ρ < 1 needs gradients here.
+        #    The detach cuts the graph at the start states; only ρ < 1 needs gradients.
         start = State(*(x.detach().flatten(0, 1) for x in posterior))  # (T, B) -> (N,)
         with self.autocast(), torch.set_grad_enabled(dynamics):
             img_step = self.world_model.rssm.img_step
@@ -1203,7 +1202,7 @@ class Agent(nn.Module):
             reward = self.world_model.predict_reward(features[:-1])  # r[0]: see Part 7
             discount = self.world_model.predict_discount(features[1:-1])
             # The start state is a real one, so whether it was terminal is known [D13].
-            # Without this a dead state's return would count a dream of life after it.
+            # Without this a terminal state's return would count rewards imagined after.
             true_discount = self.gamma * (1 - batch["is_terminal"].flatten().float())
             discount = torch.cat([true_discount[None], discount])
             if not self.discount_head:  # every discount is γ, even after an end
@@ -1247,13 +1246,13 @@ class Agent(nn.Module):
 
 
 class UsageError(Exception):
-    """Something the user can mend: Part 12 prints one line and exits with status 2."""
+    """What the user can mend: one line, and exit status 2 (1 once training began)."""
 
 
 class Row(NamedTuple):
     """One moment of N environments, aligned as the header's TIME says: action, reward
     CAME WITH the image; on an episode's first row both are zero. is_terminal means that
-    the game ended. An episode cut by a time limit ends without it: it had a future."""
+    the game ended. It is False where a time limit cut the episode: its γ is kept."""
 
     image: np.ndarray  # (N, C, 64, 64) uint8
     action: np.ndarray  # (N, A) float32, one-hot or in [-1, 1]
@@ -1280,10 +1279,11 @@ class Replay:
 
     def __init__(self, directory, capacity: int, *, num_envs: int = 1,
                  image_shape=(1, 64, 64), action_dim: int = 18, seed: int = 0):
-        kinds = [(np.uint8, image_shape), (np.float32, action_dim), np.float32]
-        dtype = np.dtype(list(zip(Row._fields, kinds + [bool, bool])))
+        dtype = np.dtype([
+            ("image", np.uint8, image_shape), ("action", np.float32, action_dim),
+            ("reward", np.float32), ("is_first", bool), ("is_terminal", bool)])
         self.num_envs, self.length = num_envs, capacity // num_envs
-        # One slot more than is sampled: a kill may tear the row that is being written.
+        # A kill may tear the row being written: one slot more exists than is sampled.
         self.slots = self.length + 1
         self.random = np.random.default_rng(seed)
         rows, written = Path(directory, "rows.npy"), Path(directory, "written.npy")
@@ -1324,7 +1324,7 @@ class Replay:
         batch = {}
         for name in Row._fields:  # env (B,) is repeated for every row of slots (T, B)
             batch[name] = torch.from_numpy(np.asarray(self.rows[name])[env, slots])
-        # The state before row 0 is unknown, so row 0 passes for an episode's first row.
+        # The state before row 0 is unknown, so row 0 is treated as an episode's first.
         # Without this line its action would act on a state it was not chosen in.
         batch["is_first"][0] = True
         return batch
@@ -1336,7 +1336,7 @@ def make_file(path: Path, dtype: np.dtype, shape: tuple) -> None:
     new = path.with_suffix(".new")
     try:
         np.lib.format.open_memmap(new, "w+", dtype, shape)
-        if hasattr(os, "posix_fallocate"):  # claims the room, which so far is promised
+        if hasattr(os, "posix_fallocate"):  # reserves the space of the sparse file
             with open(new, "r+b") as file:
                 os.posix_fallocate(file.fileno(), 0, new.stat().st_size)
         os.replace(new, path)
@@ -1518,7 +1518,7 @@ def canonical_name(game: str) -> str:
 
 def make_envs(game: str, num_envs: int = 1, seed: int = 0, *, action_repeat: int = 4,
               sticky: float = 0.25, max_noops: int = 29, time_limit: int = 27_000,
-              full_action_space: bool = True, env_processes: bool = False) -> Envs:
+              full_action_space: bool = True) -> Envs:
     """N environments of a game, by any of its names; UsageError names the nearest ones.
     Actions are repeated on Atari and where they are continuous, as in the paper.
     >>> make_envs("Catch", num_envs=2).reset().image.shape
@@ -1529,7 +1529,7 @@ def make_envs(game: str, num_envs: int = 1, seed: int = 0, *, action_repeat: int
         from ale_py.vector_env import AtariVectorEnv
 
         # Gray, resized by area, the maximum of the last two frames (consoles drew some
-        # sprites in every other one). No frame stack: memory is the RSSM's job.
+        # sprites in every other one). No frame stack, because the RSSM remembers.
         with blame(game):
             atari = AtariVectorEnv(
                 name, num_envs, img_height=64, img_width=64, stack_num=1,
@@ -1543,11 +1543,9 @@ def make_envs(game: str, num_envs: int = 1, seed: int = 0, *, action_repeat: int
         made.append(Catch() if name == "Catch" else gymnasium.make(game))
         return plain_game(made[-1], action_repeat, time_limit)
 
-    vector = gymnasium.vector
-    make_vector = vector.AsyncVectorEnv if env_processes else vector.SyncVectorEnv
     try:
         with blame(game):
-            vector_env = make_vector([make_one] * num_envs)
+            vector_env = gymnasium.vector.SyncVectorEnv([make_one] * num_envs)
     except UsageError as error:
         for env in made:
             env.close()
@@ -1574,7 +1572,7 @@ def choose(agent: Agent | None, envs: Envs, row: Row, memory, greedy: bool = Fal
         return action if envs.continuous else np.eye(envs.num_actions)[action], None
     seen = upload(dict(image=row.image, is_first=row.is_first), agent.device)
     action, memory = agent.act(**seen, memory=memory, greedy=greedy)
-    return action.cpu().numpy(), memory  # a decision's only CPU-GPU synchronisation
+    return action.cpu().numpy(), memory  # waits for the GPU
 
 
 def evaluate(agent: Agent | None, envs: Envs, episodes: int) -> np.ndarray:
@@ -1611,9 +1609,9 @@ class Metrics:
         try:
             from torch.utils.tensorboard import SummaryWriter
 
-            # What a killed run wrote after its last checkpoint disappears there.
+            # It hides what was logged after the checkpoint that the run goes on from.
             self.board = SummaryWriter(folder, purge_step=totals["step"] + 1)
-        except Exception:  # not installed, or not whole
+        except Exception:  # not installed, or broken
             self.board = None
 
     def add(self, metrics: dict[str, Tensor]) -> None:
@@ -1622,8 +1620,8 @@ class Metrics:
         self.names, self.count = list(metrics), self.count + 1
 
     def check(self, update: int) -> None:
-        """FloatingPointError names the first that is not finite. Reading this is a
-        gradient step's only CPU-GPU synchronisation."""
+        """FloatingPointError names the first that is not finite: the CPU-GPU
+        synchronisation of a gradient step."""
         finite = self.sums.isfinite()
         if not finite.all():
             name = self.names[finite.int().argmin()]
@@ -1717,8 +1715,8 @@ def draw_dream(agent: Agent, batch: dict[str, Tensor], context: int = 5) -> np.n
 
 @torch.no_grad()
 def draw_play(agent: Agent, envs: Envs, longest: int = 500) -> np.ndarray:
-    """An episode as frames (T, 64, 2·64, 1 or 3): on the left what the agent sees, on
-    the right its state (h, z), decoded."""
+    """The first steps of an episode as frames (T, 64, 2·64, 1 or 3): on the left what
+    the agent sees, on the right its state (h, z), decoded."""
     row, memory, frames = envs.reset(), None, []
     for _ in range(longest):
         action, memory = choose(agent, envs, row, memory, greedy=True)
@@ -1743,7 +1741,7 @@ def draw_play(agent: Agent, envs: Envs, longest: int = 500) -> np.ndarray:
 #         learn    one gradient step for every steps_per_update decisions      Part 8
 #         look     now and then, evaluate and draw a dream                     Part 11
 #         log      now and then, a line of metrics                             Part 11
-#         save     once a minute, a checkpoint
+#         save     once a minute, before a look, and at the end, a checkpoint
 #
 # In: flags. Out: a run's folder, and an exit status.
 # Predict: which flag sets Config.kl_balance?
@@ -1751,9 +1749,9 @@ def draw_play(agent: Agent, envs: Envs, longest: int = 500) -> np.ndarray:
 START = dict(step=0, frames=0, updates=0, episodes=0, wall_time_s=0.0)  # a run's totals
 TRAIN, EVALUATE, SHOW = range(3)  # what a game is made for, part of its seed
 NOISE = dict(cpu=torch, cuda=torch.cuda, mps=torch.mps)  # each device's generator
-# What may change between two commands on one folder: how a run is made, not which.
-FREE = "device precision cuda_graphs env_processes steps log_every_steps".split()
-FREE += "eval_every_steps eval_episodes checkpoint_minutes".split()
+# A resumed run may change these, because they do not alter what is learned from.
+FREE = """device precision cuda_graphs steps log_every_steps eval_every_steps
+    eval_episodes checkpoint_minutes""".split()
 
 
 def training_loop(config: Config, agent: Agent, envs: Envs, replay: Replay, counters):
@@ -1785,8 +1783,8 @@ def training_loop(config: Config, agent: Agent, envs: Envs, replay: Replay, coun
             bar.set_description("training" if actor else "random play", refresh=False)
             bar.update(step - before)
 
-            # Learn. The decisions so far say how many gradient steps there should be. A
-            # checkpoint holds both counts, so a resumed run owes none.
+            # Learn. The decisions so far say how many gradient steps there should be.
+            # Both counts are in a checkpoint, so a resumed run skips and repeats none.
             owed = (step - config.prefill_steps) // config.steps_per_update
             for _ in range(owed - agent.updates):
                 batch = replay.sample(config.batch_size, config.seq_len)
@@ -1794,7 +1792,7 @@ def training_loop(config: Config, agent: Agent, envs: Envs, replay: Replay, coun
                 metrics.check(agent.updates)
             counters.update(updates=agent.updates, wall_time_s=time.time() - began)
 
-            # Look. Save first: whatever a game does in an evaluation, the run is safe.
+            # Look. Save first, so that a game failing in an evaluation costs nothing.
             if agent.updates and due(config.eval_every_steps):
                 save_checkpoint(config, agent, replay, counters)
                 scores = look(config, agent, replay, metrics.board, step)
@@ -1815,8 +1813,8 @@ def training_loop(config: Config, agent: Agent, envs: Envs, replay: Replay, coun
 
 @contextlib.contextmanager
 def stop_signals():
-    """A list that gets the number of a Ctrl-C or SIGTERM, so that the loop ends after
-    the step in hand; a second one ends it at once. Only a main thread gets signals."""
+    """Collects Ctrl-C and SIGTERM, so that the loop ends after the decision in hand and
+    its evaluation; a second one ends it at once. Only a main thread gets signals."""
     signals = []
 
     def receive(number, frame):
@@ -1833,8 +1831,7 @@ def stop_signals():
 
 
 def progress_bar(config: Config, done: int) -> tqdm:
-    """How far a run is; in a log file, where a bar writes 60 MB a day, a line a minute.
-    """
+    """A progress bar; where stderr is a file, which it would fill, a line a minute."""
     plain = dict(mininterval=60, bar_format="{desc}{n_fmt}/{total_fmt} {postfix}\n")
     style = {} if sys.stderr.isatty() else plain
     return tqdm(total=config.steps, initial=done, unit="step", miniters=1, **style)
@@ -1877,7 +1874,7 @@ def write_whole(path: Path, data, keep: Path | None = None) -> None:
     with open(new, "wb") as file:
         file.write(data)
         file.flush()
-        os.fsync(file.fileno())  # should the power fail
+        os.fsync(file.fileno())  # else a power failure may leave an empty file
     if keep and path.exists():
         rename(path, keep)
     rename(new, path)
@@ -1895,7 +1892,7 @@ def rename(old: Path, new: Path) -> None:
 
 
 def save_checkpoint(config, agent: Agent, replay: Replay, counters, keep=True):
-    """Weights, Adam's state, counters and random states; the rows are on disk already.
+    """Weights, Adam's state, counters and random states; the replay has its own files.
     The checkpoint before is kept as previous.pt, or replaced."""
     folder, device, data = Path(config.logdir), agent.device.type, io.BytesIO()
     log_bytes = (folder / "metrics.jsonl").stat().st_size
@@ -1922,9 +1919,8 @@ def read_checkpoint(folder: str) -> dict | None:
         except Exception as error:  # torch and zipfile raise many kinds
             print(f"{path} is damaged: {error!r:.60}")
             continue
-        if saved["format"] != 2:
+        if saved["format"] != 2 or saved["config"].keys() != vars(Config()).keys():
             raise UsageError(f"{path} is of another version: choose another --logdir")
-        print(f"{path}: {saved['counters']['step']:,} decisions")
         return saved
     if found:
         raise UsageError(f"no checkpoint in {folder} is whole")
@@ -1948,7 +1944,7 @@ def locked(folder: Path):
 def make_game(config: Config, num_envs: int, purpose: int, steps: int = 0) -> Envs:
     """The config's game, seeded by what it is made for and the decisions so far."""
     seed = np.random.default_rng((config.seed, steps, purpose)).integers(2**30)
-    rules = "action_repeat sticky max_noops time_limit full_action_space env_processes"
+    rules = "action_repeat sticky max_noops time_limit full_action_space"
     return make_envs(config.game, num_envs, int(seed), **fields(config, rules))
 
 
@@ -1969,18 +1965,22 @@ def resume(agent: Agent, replay: Replay, saved: dict) -> None:
     agent.load_state_dict(saved["agent"])
     agent.updates = saved["counters"]["updates"]
     for name, optimizer in agent.optimizers.items():
-        settings = optimizer.adam.state_dict()  # those that fit this device
+        settings = optimizer.adam.state_dict()  # lr, eps, fused: of this device
         optimizer.adam.load_state_dict(settings | dict(state=saved["adam"][name]))
     replay.random.bit_generator.state = saved["sampling"]
     if agent.device.type in saved["noise"]:  # not where another device made it
         NOISE[agent.device.type].set_rng_state(saved["noise"][agent.device.type])
 
 
-def train(config: Config, saved: dict | None) -> int:
+def train(config: Config) -> int:
     """Begin the run of config.logdir, or go on with it; returns the exit status."""
     folder, game = Path(config.logdir), make_game(config, config.num_envs, TRAIN)
-    counters = saved["counters"] if saved else dict(START)
     with contextlib.closing(game) as envs, locked(folder):
+        saved = read_checkpoint(folder)  # not before the lock: another may just save
+        counters = saved["counters"] if saved else dict(START)
+        if counters["step"] >= config.steps:
+            print("all --steps decisions are made: a larger --steps goes on")
+            return 0
         agent = new_agent(config, envs)
         sizes = dict(image_shape=(envs.channels, 64, 64), action_dim=envs.num_actions)
         sizes |= dict(num_envs=envs.num_envs, seed=envs.seed)
@@ -2150,11 +2150,12 @@ def parse_config(argv: list[str]) -> tuple[Config, dict | None]:
         if refused := ", ".join(new[k] for k in new if k not in FREE):
             raise UsageError(f"{refused}: choose another --logdir than {config.logdir}")
         config = Config(**(before | given | dict(logdir=config.logdir)))
-        print(f"settings as they were, preset {config.preset}", *new.values(), sep=", ")
+        step = f"{config.logdir}: {saved['counters']['step']:,} decisions"
+        print(f"{step}, settings as they were", *new.values(), sep=", ")
     check(config)
     idle = {"sticky", "max_noops", "full_action_space", "action_repeat"} & set(given)
     if idle and config.game not in atari_roms().values():
-        print(*map(flag, idle), "act on Atari only (--action-repeat: also on Boxes)")
+        print(*map(flag, sorted(idle)), "act on Atari only (--action-repeat: and Box)")
     return config, saved
 
 
@@ -2182,15 +2183,12 @@ def main(argv: list[str] | None = None) -> int:
             return show(config, saved, "eval", play)
         if "--dream" in argv:
             return show(config, saved, "dream", dream)
-        if saved and saved["counters"]["step"] >= config.steps:
-            print("nothing left to do: a larger --steps goes on")
-            return 0
-        return train(config, saved)
+        return train(config)
     except (UsageError, OSError, ImportError) as error:  # OSError: disk or folder
         print("dreamerv2.py:", *str(error).split(), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nended at once; the same command goes on from the last checkpoint")
+        print("\nended at once; training goes on from the last checkpoint")
         return 128 + signal.SIGINT
 
 
