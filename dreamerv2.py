@@ -703,15 +703,18 @@ class RSSM(nn.Module):
         logits = self.prior_logits(h)
         return State(h, self.sample(logits), logits)
 
+    def restart(self, state: State, action: Tensor, is_first: Tensor):
+        """State and action, zeroed where is_first: the next step is a fresh start."""
+        # Without this mask a new episode would go on with the old one's memory.
+        keep = (~is_first).to(action.dtype)[:, None]
+        fresh = State(state.h * keep, state.z * keep[:, None], state.logits)
+        return fresh, action * keep
+
     def obs_step(self, state: State, action: Tensor, embed: Tensor,
                  is_first: Tensor) -> State:
         """One step with an image: z comes from the posterior. state of t-1; action
-        (N, A) that led here; embed (N, E) and is_first (N,) of t. Where is_first, state
-        and action are zeroed: the step is a fresh start."""
-        # Without this mask a new episode would go on with the old one's memory.
-        keep = (~is_first).to(embed.dtype)[:, None]
-        fresh = State(state.h * keep, state.z * keep[:, None], state.logits)
-        h = self.recurrent(fresh, action * keep)
+        (N, A) that led here; embed (N, E) and is_first (N,) of t."""
+        h = self.recurrent(*self.restart(state, action, is_first))
         out = self.post_out(F.elu(self.post_in(torch.cat([h, embed], -1))))
         logits = self.to_logits(out)
         return State(h, self.sample(logits), logits)
@@ -1295,9 +1298,11 @@ class Replay:
             for mode in ("r", "r+"):  # "r" refuses a shortened file, "r+" would fill it
                 self.rows, self.written = np.load(rows, mode), np.load(written, mode)
         except Exception as error:  # numpy raises many kinds
-            raise UsageError(f"{rows} cannot be made or is damaged: {error}") from None
-        if (self.rows.dtype, self.rows.shape) != (dtype, (num_envs, self.slots)):
-            raise UsageError(f"{rows} holds other rows: choose another --logdir")
+            what = f"{directory} cannot be made or is damaged"
+            raise UsageError(f"{what}: {error}") from None
+        found = self.rows.dtype, self.rows.shape, self.written.dtype, self.written.shape
+        if found != (dtype, (num_envs, self.slots), np.int64, (1,)):
+            raise UsageError(f"{directory} holds other rows: choose another --logdir")
 
     def __len__(self) -> int:
         """Rows that can be sampled, over all environments."""
@@ -1448,7 +1453,13 @@ class Envs:
         self.channels = vector_env.single_observation_space.shape[0]
         self.vector_env, self.num_envs = vector_env, vector_env.num_envs
         self.game, self.seed, self.frames_per_step = game, seed, frames_per_step
-        self.close = vector_env.close
+
+    def close(self) -> None:
+        """End the games; a game that cannot, as its process is dead, ends no run."""
+        try:
+            self.vector_env.close()
+        except Exception as error:
+            print(f"warning: {self.game} does not close: {error!r}")
 
     def reset(self) -> Row:
         """The first row of N new episodes, from self.seed."""
@@ -1469,12 +1480,13 @@ class Envs:
         chosen = action if self.continuous else action.argmax(-1)
         with blame(self.game):
             images, reward, terminated, truncated, _ = self.vector_env.step(chosen)
+        reward = reward.astype(np.float32)
         if not np.isfinite(reward).all():
             raise UsageError(f"the game {self.game} gave a reward that is not finite")
         is_first, self.done = self.done, terminated | truncated
         # Without `played`, a first row would claim that the ignored action led to it.
         played = (~is_first).astype(np.float32)
-        action, reward = action * played[:, None], reward.astype(np.float32) * played
+        action, reward = action * played[:, None], reward * played
         row = Row(images, action, reward, is_first, terminated)
         self.totals += np.stack([row.reward, played], -1)
         self.ended = self.totals[self.done].tolist()
@@ -1689,15 +1701,15 @@ def to_pixels(image: Tensor) -> np.ndarray:
 @torch.no_grad()
 def open_loop(agent: Agent, batch: dict[str, Tensor], context: int = 5) -> Tensor:
     """Open-loop prediction: truth, model and error (3, T, B, C, 64, 64) in [-½, ½]. The
-    model sees the first `context` images of rows (T, B, ...), then the actions alone.
-    The error is (model - truth) / 2, gray where there is none."""
-    model, action = agent.world_model, batch["action"]
+    model sees the first `context` images of rows (T, B, ...), then only the actions and
+    where episodes start. The error is (model - truth) / 2, gray where there is none."""
+    model, action, first = agent.world_model, batch["action"], batch["is_first"]
     truth = model.preprocess(batch["image"])
     states, _ = model.rssm.observe(
-        model.encoder(truth[:context]), action[:context], batch["is_first"][:context])
+        model.encoder(truth[:context]), action[:context], first[:context])
     state, features = State(*(x[-1] for x in states)), [*states.feature]
     for t in range(context, len(truth)):
-        state = model.rssm.img_step(state, action[t])
+        state = model.rssm.img_step(*model.rssm.restart(state, action[t], first[t]))
         features.append(state.feature)
     guess = model.decoder(torch.stack(features)).clamp(-0.5, 0.5)
     return torch.stack([truth, guess, (guess - truth) / 2])
@@ -1796,6 +1808,7 @@ def training_loop(config: Config, agent: Agent, envs: Envs, replay: Replay, coun
             if agent.updates and due(config.eval_every_steps):
                 save_checkpoint(config, agent, replay, counters)
                 scores = look(config, agent, replay, metrics.board, step)
+                saved = 0.0  # save once more when its numbers are logged
 
             # Log.
             ending = bool(signals) or step >= config.steps
@@ -1871,13 +1884,16 @@ def write_whole(path: Path, data, keep: Path | None = None) -> None:
     """Write beside the old file and rename over it: there is always a whole one. `keep`
     is the name under which the old one stays."""
     new = path.with_name(path.name + ".new")
-    with open(new, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())  # else a power failure may leave an empty file
-    if keep and path.exists():
-        rename(path, keep)
-    rename(new, path)
+    try:
+        with open(new, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())  # else a power failure may leave an empty file
+        if keep and path.exists():
+            rename(path, keep)
+        rename(new, path)
+    finally:
+        new.unlink(missing_ok=True)  # a full disk must not stay full
 
 
 def rename(old: Path, new: Path) -> None:
@@ -1919,7 +1935,8 @@ def read_checkpoint(folder: str) -> dict | None:
         except Exception as error:  # torch and zipfile raise many kinds
             print(f"{path} is damaged: {error!r:.60}")
             continue
-        if saved["format"] != 2 or saved["config"].keys() != vars(Config()).keys():
+        known = isinstance(saved, dict) and saved.get("format") == 2
+        if not known or saved["config"].keys() != vars(Config()).keys():
             raise UsageError(f"{path} is of another version: choose another --logdir")
         return saved
     if found:
@@ -2059,7 +2076,8 @@ def pick_device(name: str) -> torch.device:
     auto = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.zeros((), device=auto if name == "auto" else name).device
-    except (RuntimeError, AssertionError) as error:
+        NOISE[device.type]
+    except (RuntimeError, AssertionError, KeyError) as error:
         raise UsageError(f"--device {name}: {str(error).splitlines()[0]}") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)  # where graphs are recorded
