@@ -250,8 +250,8 @@ PRESETS = {
     " --kl-scale 1 --free-nats 1 --no-discount-head --no-reward-tanh --model-lr 3e-4"
     " --gamma 0.99 --reinforce-mix 0 --entropy-scale 1e-4 --actor-lr 8e-5"
     " --critic-lr 8e-5 --eval-every-steps 10000",
-    # DreamerV3's four changes; all the rest stays DreamerV2's. It weighs
-    # the prior's KL by β·α = 1 and the posterior's by β·(1 - α) = 0.1.
+    # DreamerV3's four changes; all the rest stays DreamerV2's. It weighs the prior's KL
+    # by β·α = 1 and the posterior's by β·(1 - α) = 0.1.
     "v3": "--symexp-twohot --no-reward-tanh --free-bits 1 --kl-scale 1.1"
     " --kl-balance 0.9090909 --return-scale --unimix 0.01 --entropy-scale 3e-4",
     # For a CPU: small networks, with values found by trial on Catch.
@@ -357,10 +357,12 @@ def balanced_kl(posterior: Tensor, prior: Tensor, alpha: float | None,
     """
     if alpha is None:
         plain = kl(posterior, prior)
-        return plain.clamp(min=free_bits), plain.detach()
-    nats = kl(posterior.detach(), prior)
-    train_prior = nats.clamp(min=free_bits)
-    train_posterior = kl(posterior, prior.detach()).clamp(min=free_bits)
+        return plain.clamp(min=free_bits) if free_bits else plain, plain.detach()
+    nats = train_prior = kl(posterior.detach(), prior)
+    train_posterior = kl(posterior, prior.detach())
+    if free_bits:
+        train_prior = train_prior.clamp(min=free_bits)
+        train_posterior = train_posterior.clamp(min=free_bits)
     # Without the balance the posterior is dragged towards a prior that has learned
     # nothing yet. Paper, Table 2: the gamer median falls from 1.64 to 0.84.
     return alpha * train_prior + (1 - alpha) * train_posterior, nats.detach()
@@ -453,8 +455,9 @@ def unimix(logits: Tensor, share: float) -> Tensor:
     >>> unimix(torch.tensor([0.0, 100.0]), 0.5).exp().tolist()
     [0.25, 0.75]
     """
-    mixed = (1 - share) * logits.softmax(-1) + share / logits.shape[-1]
-    return mixed.log() if share else logits
+    if not share:
+        return logits
+    return ((1 - share) * logits.softmax(-1) + share / logits.shape[-1]).log()
 
 
 def symlog(x: Tensor) -> Tensor:
@@ -477,9 +480,9 @@ def head_mean(out: Tensor) -> Tensor:
     >>> head_mean(torch.zeros(255)).item()
     0.0
     """
-    half, probs = out.shape[-1] // 2, out.softmax(-1)
-    if half == 0:
+    if out.shape[-1] == 1:
         return out.squeeze(-1)
+    half, probs = out.shape[-1] // 2, out.softmax(-1)
     bins = symexp(torch.linspace(0, 20, half + 1, device=out.device)[1:])
     return ((probs[..., half + 1:] - probs[..., :half].flip(-1)) * bins).sum(-1)
 
@@ -707,8 +710,7 @@ class RSSM(nn.Module):
         """State and action, zeroed where is_first: the next step is a fresh start."""
         # Without this mask a new episode would go on with the old one's memory.
         keep = (~is_first).to(action.dtype)[:, None]
-        fresh = State(state.h * keep, state.z * keep[:, None], state.logits)
-        return fresh, action * keep
+        return State(state.h * keep, state.z * keep[:, None], None), action * keep
 
     def obs_step(self, state: State, action: Tensor, embed: Tensor,
                  is_first: Tensor) -> State:
@@ -782,9 +784,9 @@ class WorldModel(nn.Module):
         self.rssm = rssm(action_dim, self.encoder.embed_dim, **rssm_sizes)
         size = self.rssm.feature_size
         self.decoder = ConvDecoder(size, channels, cnn_depth)
-        self.twohot = symexp_twohot
-        self.reward_head = mlp(size, 255 if self.twohot else 1, mlp_layers, mlp_units)
-        self.discount_head = mlp(size, 1, mlp_layers, mlp_units)
+        widths = mlp_layers, mlp_units
+        self.reward_head = mlp(size, 255 if symexp_twohot else 1, *widths)
+        self.discount_head = mlp(size, 1, *widths)
 
     @staticmethod
     def preprocess(image: Tensor) -> Tensor:
@@ -828,8 +830,9 @@ class WorldModel(nn.Module):
         seen = feature if reward_gradients else feature.detach()
         out = self.reward_head(seen)
         reward_mean = head_mean(out)
-        reward_loss = normal_nll(reward_mean, reward_target).mean()
-        if self.twohot:
+        if out.shape[-1] == 1:
+            reward_loss = normal_nll(reward_mean, reward_target).mean()
+        else:
             reward_loss = twohot_nll(out, reward_target).mean()
         # A soft target, γ or 0, not 1 or 0: the head's mean then IS the discount, and a
         # truncated episode (not terminal) keeps its γ. A target of 1 in its place would
@@ -1028,10 +1031,9 @@ class Optimizer:
     """
     def __init__(self, module, *, lr: float, eps: float, clip: float, decay: float):
         self.weights, self.clip = list(module.parameters()), clip
-        kind = dict(fused=True, capturable=self.weights[0].is_cuda)  # for CUDA graphs
         self.adam = torch.optim.AdamW(
-            self.weights, lr, eps=eps, weight_decay=decay / lr, **kind
-        )
+            self.weights, lr, eps=eps, weight_decay=decay / lr, fused=True,
+            capturable=self.weights[0].is_cuda)  # its step count in the CUDA graph too
 
     def minimize(self, loss: Tensor) -> Tensor:
         """Minimise `loss` by one step; returns the gradient's norm before clipping."""
@@ -1169,9 +1171,7 @@ class Agent(nn.Module):
     def schedule(self, step: int) -> tuple[float, float]:
         """ρ and η after so many decisions: each moves in a straight line to its end."""
         done = min(1.0, step / (self.anneal_steps or math.inf))
-        mix, entropy = self.mix, self.entropy
-        mix = mix[0] + done * (mix[1] - mix[0])
-        return mix, entropy[0] + done * (entropy[1] - entropy[0])
+        return tuple(a + done * (b - a) for a, b in (self.mix, self.entropy))
 
     def train_step(self, batch: dict[str, Tensor], step: int = 0) -> dict[str, Tensor]:
         """One gradient step: the rows of Replay.sample (T, B, ...) -> metrics, scalars
@@ -1199,9 +1199,8 @@ class Agent(nn.Module):
         #    The detach cuts the graph at the start states; only ρ < 1 needs gradients.
         start = State(*(x.detach().flatten(0, 1) for x in posterior))  # (T, B) -> (N,)
         with self.autocast(), torch.set_grad_enabled(dynamics):
-            img_step = self.world_model.rssm.img_step
-            features, actions = imagine(img_step, self.policy, start, self.horizon)
-            # features (H+1, N, F), actions (H+1, N, A)
+            features, actions = imagine(  # (H+1, N, F), (H+1, N, A)
+                self.world_model.rssm.img_step, self.policy, start, self.horizon)
             reward = self.world_model.predict_reward(features[:-1])  # r[0]: see Part 7
             discount = self.world_model.predict_discount(features[1:-1])
             # The start state is a real one, so whether it was terminal is known [D13].
@@ -1344,9 +1343,20 @@ def make_file(path: Path, dtype: np.dtype, shape: tuple) -> None:
         if hasattr(os, "posix_fallocate"):  # reserves the space of the sparse file
             with open(new, "r+b") as file:
                 os.posix_fallocate(file.fileno(), 0, new.stat().st_size)
-        os.replace(new, path)
+        rename(new, path)
     finally:
         new.unlink(missing_ok=True)
+
+
+def rename(old: Path, new: Path) -> None:
+    """os.replace, which fails on Windows while somebody reads the file for a moment."""
+    for attempt in range(6):
+        try:
+            return os.replace(old, new)
+        except PermissionError:
+            if attempt == 5:
+                raise
+            time.sleep(attempt / 4)
 
 
 # %% Part 10 | Environments
@@ -1567,9 +1577,8 @@ def make_envs(game: str, num_envs: int = 1, seed: int = 0, *, action_repeat: int
         near = ", ".join(difflib.get_close_matches(game.lower(), known)) or "none"
         hint = f"near: {near}; of a package: module:id, as in minigrid:MiniGrid-..."
         raise UsageError(f"--game {game}: {error.__cause__} ({hint})") from None
-    envs = Envs(vector_env, game, seed)
-    envs.frames_per_step = action_repeat if envs.continuous else 1
-    return envs
+    boxed = isinstance(vector_env.single_action_space, gymnasium.spaces.Box)
+    return Envs(vector_env, game, seed, action_repeat if boxed else 1)
 
 
 def upload(arrays: dict, device: torch.device) -> dict[str, Tensor]:
@@ -1773,8 +1782,8 @@ def training_loop(config: Config, agent: Agent, envs: Envs, replay: Replay, coun
     def due(every: int) -> bool:  # everything is due at the end
         return step // every > before // every or step >= config.steps
 
-    metrics, began = Metrics(config.logdir, **counters), time.time()
-    began -= counters["wall_time_s"]
+    metrics = Metrics(config.logdir, **counters)
+    began = time.time() - counters["wall_time_s"]
     row, memory, scores, saved, ending = envs.reset(), None, {}, time.time(), False
     replay.add(*row)
     warn_of_dim_images(row.image)
@@ -1896,27 +1905,15 @@ def write_whole(path: Path, data, keep: Path | None = None) -> None:
         new.unlink(missing_ok=True)  # a full disk must not stay full
 
 
-def rename(old: Path, new: Path) -> None:
-    """os.replace, which fails on Windows while somebody reads the file for a moment."""
-    for attempt in range(6):
-        try:
-            return os.replace(old, new)
-        except PermissionError:
-            if attempt == 5:
-                raise
-            time.sleep(attempt / 4)
-
-
 def save_checkpoint(config, agent: Agent, replay: Replay, counters, keep=True):
     """Weights, Adam's state, counters and random states; the replay has its own files.
     The checkpoint before is kept as previous.pt, or replaced."""
     folder, device, data = Path(config.logdir), agent.device.type, io.BytesIO()
     log_bytes = (folder / "metrics.jsonl").stat().st_size
     torch.save(dict(
-        format=2, config=vars(config), agent=agent.state_dict(),
-        counters=counters, log_bytes=log_bytes,
+        format=2, config=vars(config), counters=counters, log_bytes=log_bytes,
+        agent=agent.state_dict(), noise={device: NOISE[device].get_rng_state()},
         adam={k: o.adam.state_dict()["state"] for k, o in agent.optimizers.items()},
-        noise={device: NOISE[device].get_rng_state()},
         sampling=replay.random.bit_generator.state), data)
     before = folder / "previous.pt" if keep else None
     write_whole(folder / "checkpoint.pt", data.getbuffer(), before)
@@ -2017,6 +2014,7 @@ def train(config: Config) -> int:
         # A run can be resumed from its first moment on. Where the newest checkpoint was
         # damaged, a whole one takes its place, and previous.pt stays.
         save_checkpoint(config, agent, replay, counters, keep=False)
+        del saved  # its weights are the agent's now
         try:
             number = training_loop(config, agent, envs, replay, counters)
         except (OSError, FloatingPointError, UsageError) as error:
@@ -2201,6 +2199,7 @@ def main(argv: list[str] | None = None) -> int:
             return show(config, saved, "eval", play)
         if "--dream" in argv:
             return show(config, saved, "dream", dream)
+        del saved  # train reads it under the folder's lock
         return train(config)
     except (UsageError, OSError, ImportError) as error:  # OSError: disk or folder
         print("dreamerv2.py:", *str(error).split(), file=sys.stderr)

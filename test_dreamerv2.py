@@ -2085,7 +2085,7 @@ class Launches(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("precision, rho, most", [
-    ("fp32", 1.0, 5376), ("fp32", 0.9, 6452), ("bf16", 1.0, 6297), ("bf16", 0.9, 7478)])
+    ("fp32", 1.0, 5118), ("fp32", 0.9, 6194), ("bf16", 1.0, 6039), ("bf16", 0.9, 7220)])
 def test_operations_of_a_gradient_step(precision, rho, most):
     """With the paper's T, H and layers; other sizes do not matter. A change that exceeds the
     bound makes a step slower where Python launches the kernels. -s prints what they are."""
@@ -2484,7 +2484,7 @@ def test_learns_catch(tmp_path):
 
 # --------------------------------------------------------------------- the file itself
 
-LIMIT, CODE, LONGEST, WIDTH = 2214, 1243, 45, 88  # lines, of code, of a function; columns
+LIMIT, CODE, LONGEST, WIDTH = 2213, 1243, 45, 88  # lines, of code, of a function; columns
 README = HERE / "README.md"
 OPTIONS = {d.flag(field.name) for field in dataclasses.fields(d.Config)}
 
