@@ -115,7 +115,6 @@ import argparse
 import contextlib
 import copy
 import dataclasses
-import difflib
 import io
 import json
 import math
@@ -125,9 +124,7 @@ import signal
 import sqlite3
 import struct
 import sys
-import threading
 import time
-import traceback
 import zipfile
 import zlib
 from pathlib import Path
@@ -281,9 +278,9 @@ def straight_through_sample(logits: Tensor) -> Tensor:
         sample = one_hot(draw(logits)),  probs = softmax(logits)
         return sample + probs - sg(probs)
     logits (..., K) -> (..., K), exactly one-hot, with the softmax's gradient: biased,
-    but of little variance. Here: the draw is Gumbel's. argmax(logits + noise) has the
-    distribution softmax(logits) and, unlike torch.multinomial, needs no CPU-GPU
-    synchronisation.
+    but of little variance. Here: the draw is a race. Of K alarms that ring after random
+    times, exponential with rates probs, class k's is first with probability probs[k].
+    Unlike torch.multinomial, that needs no CPU-GPU synchronisation.
     >>> _ = torch.manual_seed(0)
     >>> logits = torch.tensor([0.0, math.log(3.0)], requires_grad=True)   # probs ¼, ¾
     >>> round(straight_through_sample(logits.expand(9000, 2))[:, 1].mean().item(), 2)
@@ -292,12 +289,11 @@ def straight_through_sample(logits: Tensor) -> Tensor:
     >>> round(logits.grad[1].item(), 4)      # d probs[1] / d logits[1] = ¾·(1 - ¾)
     0.1875
     """
-    noisy = logits - torch.log(-torch.log(torch.rand_like(logits)))
-    index = noisy.argmax(-1, keepdim=True)
-    sample = torch.zeros_like(logits).scatter_(-1, index, 1.0)
+    probs = logits.softmax(-1)
+    speed = probs.detach() / torch.empty_like(probs).exponential_()
+    sample = torch.zeros_like(probs).scatter_(-1, speed.argmax(-1, keepdim=True), 1.0)
     if not logits.requires_grad:  # as in imagination with ρ = 1
         return sample
-    probs = logits.softmax(-1)
     # Without the two probs the sample is a constant: no loss would reach the encoder
     # through z. In brackets they cancel exactly, so the value stays one-hot.
     return sample + (probs - probs.detach())
@@ -549,7 +545,6 @@ class ConvEncoder(nn.Module):
             channels = size
         self.embed_dim = 2 * 2 * channels
         self.net = nn.Sequential(*layers)
-        self.net.to(memory_format=torch.channels_last)  # faster on CPUs, same numbers
 
     def forward(self, image: Tensor) -> Tensor:
         out = self.net(image.flatten(0, -4))
@@ -575,7 +570,6 @@ class ConvDecoder(nn.Module):
             nn.ELU(inplace=True),
             nn.ConvTranspose2d(depth, channels, 6, 2),
         )
-        self.net.to(memory_format=torch.channels_last)
 
     def forward(self, feature: Tensor) -> Tensor:
         # On a 1×1 image a transposed convolution of kernel 5 is 25 matrix products, one
@@ -709,8 +703,9 @@ class RSSM(nn.Module):
     def restart(self, state: State, action: Tensor, is_first: Tensor):
         """State and action, zeroed where is_first: the next step is a fresh start."""
         # Without this mask a new episode would go on with the old one's memory.
-        keep = (~is_first).to(action.dtype)[:, None]
-        return State(state.h * keep, state.z * keep[:, None], None), action * keep
+        first = is_first[:, None]
+        h, action = state.h.masked_fill(first, 0), action.masked_fill(first, 0)
+        return State(h, state.z.masked_fill(first[..., None], 0), logits=None), action
 
     def obs_step(self, state: State, action: Tensor, embed: Tensor,
                  is_first: Tensor) -> State:
@@ -731,9 +726,12 @@ class RSSM(nn.Module):
         assert same, "embeds, actions and is_first must agree on (T, B)"
         state = self.initial(embeds.shape[1]) if state is None else state
         states = []
-        for embed, action, first in zip(embeds, actions, is_first):
-            state = self.obs_step(state, action, embed, first)
-            states.append(state)
+        # Small products, T times in turn. In float32 they are exact, and no kernel is
+        # spent on casts, which in bfloat16 would outnumber them.
+        with torch.autocast(embeds.device.type, enabled=False):
+            for embed, action, first in zip(embeds.float(), actions, is_first):
+                state = self.obs_step(state, action, embed, first)
+                states.append(state)
         posterior = State(*(torch.stack(x) for x in zip(*states)))
         # A prior depends on its h[t] alone, so all T are computed in one call.
         return posterior, self.prior_logits(posterior.h)
@@ -1052,14 +1050,16 @@ class CudaGraph:
     A gradient step is thousands of small kernels, and Python launches them more slowly
     than the GPU runs them; a recorded graph is launched at once. `function` takes and
     returns a dict of tensors and must not need a CPU-GPU synchronisation. Each set of
-    options and shapes has its graph: three calls run plainly, so that libraries choose
-    their kernels and Adam allocates its state, and the fourth records. Inputs are
-    copied in and outputs out; random numbers are new in each replay. The gain is not
-    measured yet, for want of a GPU."""
+    options and shapes has its graph, all in one pool of memory: three calls run
+    plainly, so that libraries choose their kernels and Adam allocates its state, and
+    the fourth records. A loss of your own that still holds the agent's weights in its
+    autograd graph then breaks the recording: delete it before. Inputs are copied in and
+    outputs out; random numbers are new in each replay. The gain is not measured yet,
+    for want of a GPU."""
 
     def __init__(self, function):
         self.function, self.stream = function, torch.cuda.Stream()
-        self.calls, self.graphs = {}, {}
+        self.calls, self.graphs, self.pool = {}, {}, torch.cuda.graph_pool_handle()
 
     def __call__(self, inputs: dict[str, Tensor], **options) -> dict[str, Tensor]:
         key = (*options.items(), *((k, v.shape) for k, v in inputs.items()))
@@ -1073,7 +1073,7 @@ class CudaGraph:
         if key not in self.graphs:
             fixed = {name: value.clone() for name, value in inputs.items()}
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=self.stream):
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
                 self.graphs[key] = graph, fixed, self.function(fixed, **options)
         graph, fixed, outputs = self.graphs[key]
         for name, value in inputs.items():
@@ -1108,13 +1108,14 @@ class Agent(nn.Module):
         self.register_buffer("spread", torch.zeros(()), persistent=c.return_scale)
         self.unimix = 0.0 if continuous else c.unimix
         self.slow_critic = copy.deepcopy(self.critic).requires_grad_(False)
-        self.to(self.device)
+        # Channels last is faster, with the same numbers; Apple's GPUs may overlook it.
+        on_mps = self.device.type == "mps"
+        order = torch.contiguous_format if on_mps else torch.channels_last
+        self.to(self.device, memory_format=order)
         self.model_loss_args = fields(c, """gamma kl_scale kl_balance free_nats
             free_bits discount_scale reward_tanh reward_gradients image_gradients""")
-        if not c.kl_balancing:
-            self.model_loss_args["kl_balance"] = None
-        if not c.discount_head:
-            self.model_loss_args["discount_scale"] = 0.0
+        self.model_loss_args["kl_balance"] = c.kl_balance if c.kl_balancing else None
+        self.model_loss_args["discount_scale"] *= c.discount_head  # 0: not trained
         # Paper: continuous actions learn by dynamics alone; so does the ablation.
         reinforce = c.policy_reinforce and not continuous
         self.mix = (c.reinforce_mix, c.reinforce_mix_end) if reinforce else (0.0, 0.0)
@@ -1299,8 +1300,7 @@ class Replay:
         except Exception as error:  # numpy raises many kinds
             what = f"{directory} cannot be made or is damaged"
             raise UsageError(f"{what}: {error}") from None
-        found = self.rows.dtype, self.rows.shape, self.written.dtype, self.written.shape
-        if found != (dtype, (num_envs, self.slots), np.int64, (1,)):
+        if (self.rows.dtype, self.rows.shape) != (dtype, (num_envs, self.slots)):
             raise UsageError(f"{directory} holds other rows: choose another --logdir")
 
     def __len__(self) -> int:
@@ -1340,23 +1340,12 @@ def make_file(path: Path, dtype: np.dtype, shape: tuple) -> None:
     new = path.with_suffix(".new")
     try:
         np.lib.format.open_memmap(new, "w+", dtype, shape)
-        if hasattr(os, "posix_fallocate"):  # reserves the space of the sparse file
+        if hasattr(os, "posix_fallocate"):  # a sparse file fails only when it is filled
             with open(new, "r+b") as file:
                 os.posix_fallocate(file.fileno(), 0, new.stat().st_size)
-        rename(new, path)
+        os.replace(new, path)
     finally:
         new.unlink(missing_ok=True)
-
-
-def rename(old: Path, new: Path) -> None:
-    """os.replace, which fails on Windows while somebody reads the file for a moment."""
-    for attempt in range(6):
-        try:
-            return os.replace(old, new)
-        except PermissionError:
-            if attempt == 5:
-                raise
-            time.sleep(attempt / 4)
 
 
 # %% Part 10 | Environments
@@ -1401,36 +1390,6 @@ class Catch(gymnasium.Env):
         return cells.repeat(8, axis=0).repeat(8, axis=1)
 
 
-def plain_game(env: gymnasium.Env, action_repeat: int, time_limit: int):
-    """A Gymnasium game as Envs plays it: images (C, 64, 64) uint8, actions from 0 or in
-    [-1, 1], rewards as numbers. UsageError names what does not fit."""
-    Box, Discrete = gymnasium.spaces.Box, gymnasium.spaces.Discrete
-    images, actions, wrap = env.observation_space, env.action_space, gymnasium.wrappers
-    try:
-        shape = to_image(images.sample()).shape
-    except ValueError:
-        raise UsageError("--game needs images (H, W), (H, W, C) or (C, H, W), C <= 4,"
-                         f" uint8 or in [0, 1]; this game has {images}") from None
-    env = wrap.TransformObservation(env, to_image, Box(0, 255, shape, np.uint8))
-    env = wrap.TransformReward(env, lambda reward: float(np.asarray(reward).item()))
-    if isinstance(actions, Discrete):
-        n, start = int(actions.n), int(actions.start)
-        env = wrap.TransformAction(env, lambda x: x + start, Discrete(n))
-    elif isinstance(actions, Box) and len(actions.shape) == 1 and (
-            actions.dtype.kind == "f" and actions.is_bounded()):
-        low, high, dtype = actions.low, actions.high, actions.dtype
-
-        def rescale(x):  # clipped, since rounding may leave the box by the last digit
-            return (low + (x + 1) / 2 * (high - low)).clip(low, high).astype(dtype)
-
-        env = wrap.TransformAction(env, rescale, Box(-1, 1, low.shape, np.float32))
-        env = wrap.RepeatAction(env, action_repeat)
-    else:
-        raise UsageError("--game needs Discrete actions, or a bounded flat Box of"
-                         f" fractions; this game has {actions}")
-    return wrap.TimeLimit(env, time_limit)
-
-
 def to_image(image: np.ndarray) -> np.ndarray:
     """(H, W), (H, W, C) or (C, H, W), uint8 or in [0, 1] -> (C, 64, 64) uint8, resized
     by area; ValueError for anything else. A last axis of 1 to 4 is channels."""
@@ -1442,11 +1401,48 @@ def to_image(image: np.ndarray) -> np.ndarray:
     if image.dtype.kind == "f" and image.min() >= 0 and image.max() <= 1:
         image = (255 * image).round().astype(np.uint8)
     if image.ndim != 3 or len(image) > 4 or image.dtype != np.uint8:
-        raise ValueError(f"no image: {image.dtype} of shape {image.shape}")
-    if image.shape[1:] == (64, 64):
-        return image
-    pixels = torch.from_numpy(np.ascontiguousarray(image))[None].float()
-    return F.interpolate(pixels, (64, 64), mode="area")[0].round().byte().numpy()
+        raise ValueError("images must be (H, W), (H, W, C) or (C, H, W), C <= 4, uint8"
+                         f" or in [0, 1], not {image.dtype} of shape {image.shape}")
+    pixels = torch.from_numpy(np.ascontiguousarray(image)).float()
+    return F.interpolate(pixels[None], (64, 64), mode="area")[0].round().byte().numpy()
+
+
+def plain_game(env: gymnasium.Env, action_repeat: int, time_limit: int):
+    """A Gymnasium game as Envs plays it: images (C, 64, 64) uint8, actions from 0 or in
+    [-1, 1], rewards as numbers. ValueError names what does not fit."""
+    Box, Discrete = gymnasium.spaces.Box, gymnasium.spaces.Discrete
+    actions, wrap = env.action_space, gymnasium.wrappers
+    images = Box(0, 255, to_image(env.observation_space.sample()).shape, np.uint8)
+    env = wrap.TransformObservation(env, to_image, images)
+    env = wrap.TransformReward(env, lambda reward: np.asarray(reward).item())
+    if isinstance(actions, Discrete):
+        start, plain = int(actions.start), Discrete(int(actions.n))
+        env = wrap.TransformAction(env, lambda x: x + start, plain)
+    elif isinstance(actions, Box) and len(actions.shape) == 1 and (
+            actions.dtype.kind == "f" and actions.is_bounded()):
+        low, high, dtype = actions.low, actions.high, actions.dtype
+
+        def rescale(x):  # clipped, since rounding may leave the box by the last digit
+            return (low + (x + 1) / 2 * (high - low)).clip(low, high).astype(dtype)
+
+        env = wrap.TransformAction(env, rescale, Box(-1, 1, low.shape, np.float32))
+        env = wrap.RepeatAction(env, action_repeat)
+    else:
+        raise ValueError("actions must be Discrete, or a bounded flat Box of fractions,"
+                         f" not {actions}")
+    return wrap.TimeLimit(env, time_limit)
+
+
+@contextlib.contextmanager
+def blame(game: str):
+    """Whatever a game raises becomes one line that names the game."""
+    try:
+        yield
+    except Exception as error:
+        what = f"--game {game}: {type(error).__name__}: {error}"
+        if isinstance(error, gymnasium.error.UnregisteredEnv):
+            what += " A package's games: module:id, as minigrid:MiniGrid-Empty-8x8-v0"
+        raise UsageError(what) from error
 
 
 class Envs:
@@ -1456,20 +1452,18 @@ class Envs:
     says whose episode ended with the last row, `ended` what it brought, as (raw score,
     decisions)."""
 
-    def __init__(self, vector_env, game: str, seed: int, frames_per_step: int = 1):
+    def __init__(self, vector_env, game: str, seed: int, action_repeat: int):
         actions = vector_env.single_action_space
         self.continuous = isinstance(actions, gymnasium.spaces.Box)
         self.num_actions = int(actions.shape[0] if self.continuous else actions.n)
         self.channels = vector_env.single_observation_space.shape[0]
         self.vector_env, self.num_envs = vector_env, vector_env.num_envs
-        self.game, self.seed, self.frames_per_step = game, seed, frames_per_step
+        self.game, self.seed, self.frames_per_step = game, seed, action_repeat
 
     def close(self) -> None:
-        """End the games; a game that cannot, as its process is dead, ends no run."""
-        try:
+        """End the games; one that cannot, as its process is dead, ends no run."""
+        with contextlib.suppress(Exception):
             self.vector_env.close()
-        except Exception as error:
-            print(f"warning: {self.game} does not close: {error!r}")
 
     def reset(self) -> Row:
         """The first row of N new episodes, from self.seed."""
@@ -1490,32 +1484,16 @@ class Envs:
         chosen = action if self.continuous else action.argmax(-1)
         with blame(self.game):
             images, reward, terminated, truncated, _ = self.vector_env.step(chosen)
-        reward = reward.astype(np.float32)
-        if not np.isfinite(reward).all():
-            raise UsageError(f"the game {self.game} gave a reward that is not finite")
+            if not np.isfinite(reward).all():
+                raise ValueError("a reward that is not finite")
         is_first, self.done = self.done, terminated | truncated
         # Without `played`, a first row would claim that the ignored action led to it.
         played = (~is_first).astype(np.float32)
-        action, reward = action * played[:, None], reward * played
-        row = Row(images, action, reward, is_first, terminated)
-        self.totals += np.stack([row.reward, played], -1)
+        action, reward = action * played[:, None], reward.astype(np.float32) * played
+        self.totals += np.stack([reward, played], -1)
         self.ended = self.totals[self.done].tolist()
         self.totals[self.done] = 0
-        return row
-
-
-@contextlib.contextmanager
-def blame(game: str):
-    """Whatever a game raises becomes one line that names the game and the place."""
-    try:
-        yield
-    except UsageError:
-        raise
-    except Exception as error:
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        place = f"{Path(place.filename).name}, line {place.lineno}"
-        what = f"{type(error).__name__}: {error} (in {place})"
-        raise UsageError(f"the game {game} raised {what}") from error
+        return Row(images, action, reward, is_first, terminated)
 
 
 def atari_roms() -> dict[str, str]:
@@ -1541,42 +1519,35 @@ def canonical_name(game: str) -> str:
 def make_envs(game: str, num_envs: int = 1, seed: int = 0, *, action_repeat: int = 4,
               sticky: float = 0.25, max_noops: int = 29, time_limit: int = 27_000,
               full_action_space: bool = True) -> Envs:
-    """N environments of a game, by any of its names; UsageError names the nearest ones.
+    """N environments of a game, by any of its names; UsageError says what is wrong.
     Actions are repeated on Atari and where they are continuous, as in the paper.
     >>> make_envs("Catch", num_envs=2).reset().image.shape
     (2, 1, 64, 64)
     """
-    name, made = canonical_name(game), []
+    name = canonical_name(game)
     if name != "Catch" and name in atari_roms().values():
         from ale_py.vector_env import AtariVectorEnv
 
         # Gray, resized by area, the maximum of the last two frames (consoles drew some
         # sprites in every other one). No frame stack, because the RSSM remembers.
         with blame(game):
-            atari = AtariVectorEnv(
+            return Envs(AtariVectorEnv(
                 name, num_envs, img_height=64, img_width=64, stack_num=1,
                 frameskip=action_repeat, noop_max=max_noops + 1,
                 repeat_action_probability=sticky, full_action_space=full_action_space,
                 max_num_frames_per_episode=time_limit * action_repeat,
-                reward_clipping=False, use_fire_reset=False)
-        return Envs(atari, game, seed, action_repeat)
+                reward_clipping=False, use_fire_reset=False), game, seed, action_repeat)
 
-    def make_one() -> gymnasium.Env:
-        made.append(Catch() if name == "Catch" else gymnasium.make(game))
-        return plain_game(made[-1], action_repeat, time_limit)
+    with contextlib.ExitStack() as made:  # if one of them fails, all are closed
 
-    try:
+        def make_one() -> gymnasium.Env:
+            env = Catch() if name == "Catch" else gymnasium.make(game)
+            made.callback(env.close)
+            return plain_game(env, action_repeat, time_limit)
+
         with blame(game):
             vector_env = gymnasium.vector.SyncVectorEnv([make_one] * num_envs)
-    except UsageError as error:
-        for env in made:
-            env.close()
-        if not isinstance(error.__cause__, (gymnasium.error.Error, ImportError)):
-            raise
-        known = ["catch", *atari_roms(), *gymnasium.registry]
-        near = ", ".join(difflib.get_close_matches(game.lower(), known)) or "none"
-        hint = f"near: {near}; of a package: module:id, as in minigrid:MiniGrid-..."
-        raise UsageError(f"--game {game}: {error.__cause__} ({hint})") from None
+        made.pop_all()
     boxed = isinstance(vector_env.single_action_space, gymnasium.spaces.Box)
     return Envs(vector_env, game, seed, action_repeat if boxed else 1)
 
@@ -1636,17 +1607,15 @@ class Metrics:
             self.board = None
 
     def add(self, metrics: dict[str, Tensor]) -> None:
-        """Sum on the device; nothing is read back yet."""
-        self.sums = self.sums + torch.stack([v.float() for v in metrics.values()])
+        """Sum on the device. FloatingPointError where one is not finite: asking that is
+        the CPU-GPU synchronisation of a gradient step."""
+        values = torch.stack([v.float() for v in metrics.values()])
         self.names, self.count = list(metrics), self.count + 1
-
-    def check(self, update: int) -> None:
-        """FloatingPointError names the first that is not finite: the CPU-GPU
-        synchronisation of a gradient step."""
-        finite = self.sums.isfinite()
-        if not finite.all():
-            name = self.names[finite.int().argmin()]
-            raise FloatingPointError(f"{name} is not finite in update {update}")
+        self.sums = self.sums + values
+        if not values.isfinite().all():
+            found = zip(self.names, values.isfinite().tolist())
+            bad = ", ".join(name for name, finite in found if not finite)
+            raise FloatingPointError(f"not finite: {bad}")
 
     def write(self, **totals) -> dict:
         """Append totals, and rates and means since the last line (null: no episode)."""
@@ -1724,13 +1693,25 @@ def open_loop(agent: Agent, batch: dict[str, Tensor], context: int = 5) -> Tenso
     return torch.stack([truth, guess, (guess - truth) / 2])
 
 
-def draw_dream(agent: Agent, batch: dict[str, Tensor], context: int = 5) -> np.ndarray:
-    """open_loop as frames (T, 3·64, B·64, 1 or 3): truth above model above error, the
-    sequences side by side; a white line on top while the model still sees."""
-    pixels = to_pixels(open_loop(agent, batch, context))  # (3, T, B, 64, 64, C)
-    rows = np.concatenate(list(pixels), axis=2)  # (T, B, 3·64, 64, C)
-    film = np.concatenate(list(rows.swapaxes(0, 1)), axis=2)
-    film[:context, :2] = 255
+def draw_dream(agent: Agent, envs: Envs, sequences: int = 12) -> np.ndarray:
+    """open_loop of newly played rows as frames (T, 3·64, 4·64, 1 or 3): of so many
+    sequences of 50 rows, the 4 that change most, side by side; truth above model above
+    error. A white line on top says that the model still sees."""
+    row, memory, rows = envs.reset(), None, []
+    for _ in range(50 * sequences):
+        rows.append(row)
+        action, memory = choose(agent, envs, row, memory)
+        row = envs.step(action)
+    batch = {}
+    for name, values in zip(Row._fields, map(np.concatenate, zip(*rows))):
+        batch[name] = values.reshape(sequences, 50, *values.shape[1:]).swapaxes(0, 1)
+    change = np.abs(np.diff(batch["image"].astype(int), axis=0)).mean((0, 2, 3, 4))
+    batch = {name: x[:, change.argsort()[-4:]] for name, x in batch.items()}
+    batch["is_first"][0] = True
+    pixels = to_pixels(open_loop(agent, upload(batch, agent.device), context=5))
+    film = np.concatenate(list(pixels), axis=2)  # (T, B, 3·64, 64, 1 or 3)
+    film = np.concatenate(list(film.swapaxes(0, 1)), axis=2)
+    film[:5, :2] = 255
     return film
 
 
@@ -1752,27 +1733,19 @@ def draw_play(agent: Agent, envs: Envs, longest: int = 500) -> np.ndarray:
 
 
 # %% Part 12 | Running
-# training_loop is the whole run. What stands around it keeps a run safe on disk, reads
-# the command line, and shows a trained agent.
-#
-#     until all decisions are made:
-#         act      at random during the prefill, then by the actor             Part 8
-#         step     play the actions                                            Part 10
-#         store    add the row to the replay                                   Part 9
-#         learn    one gradient step for every steps_per_update decisions      Part 8
-#         look     now and then, evaluate and draw a dream                     Part 11
-#         log      now and then, a line of metrics                             Part 11
-#         save     once a minute, before a look, and at the end, a checkpoint
-#
+# training_loop is the whole run, in the order of the header's THE LOOP. What stands
+# around it keeps a run safe on disk, reads the command line, and shows an agent.
 # In: flags. Out: a run's folder, and an exit status.
 # Predict: which flag sets Config.kl_balance?
 
 START = dict(step=0, frames=0, updates=0, episodes=0, wall_time_s=0.0)  # a run's totals
 TRAIN, EVALUATE, SHOW = range(3)  # what a game is made for, part of its seed
 NOISE = dict(cpu=torch, cuda=torch.cuda, mps=torch.mps)  # each device's generator
+ON_GPU = "the paper's, for a CUDA GPU; --preset small is for a CPU"
+ON_CPU = "for a CPU; the paper's, --preset atari, needs 15 s or more a step on it"
 # A resumed run may change these, because they do not alter what is learned from.
 FREE = """device precision cuda_graphs steps log_every_steps eval_every_steps
-    eval_episodes checkpoint_minutes""".split()
+    eval_episodes checkpoint_minutes logdir""".split()
 
 
 def training_loop(config: Config, agent: Agent, envs: Envs, replay: Replay, counters):
@@ -1810,13 +1783,12 @@ def training_loop(config: Config, agent: Agent, envs: Envs, replay: Replay, coun
             for _ in range(owed - agent.updates):
                 batch = replay.sample(config.batch_size, config.seq_len)
                 metrics.add(agent.train_step(upload(batch, agent.device), step))
-                metrics.check(agent.updates)
             counters.update(updates=agent.updates, wall_time_s=time.time() - began)
 
             # Look. Save first, so that a game failing in an evaluation costs nothing.
-            if agent.updates and due(config.eval_every_steps):
+            if agent.updates and config.eval_episodes and due(config.eval_every_steps):
                 save_checkpoint(config, agent, replay, counters)
-                scores = look(config, agent, replay, metrics.board, step)
+                scores = look(config, agent, step)
                 saved = 0.0  # save once more when its numbers are logged
 
             # Log.
@@ -1836,20 +1808,22 @@ def training_loop(config: Config, agent: Agent, envs: Envs, replay: Replay, coun
 @contextlib.contextmanager
 def stop_signals():
     """Collects Ctrl-C and SIGTERM, so that the loop ends after the decision in hand and
-    its evaluation; a second one ends it at once. Only a main thread gets signals."""
-    signals = []
+    its evaluation; a second one ends it at once."""
+    signals, before = [], {}
 
     def receive(number, frame):
         if signals:
             raise KeyboardInterrupt
         signals.append(int(number))
 
-    with contextlib.ExitStack() as afterwards:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                before = signal.signal(number, receive)
-                afterwards.callback(signal.signal, number, before)
+    with contextlib.suppress(ValueError):  # only a main thread gets signals
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, receive)
+    try:
         yield signals
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def progress_bar(config: Config, done: int) -> tqdm:
@@ -1866,57 +1840,55 @@ def warn_of_dim_images(images: np.ndarray) -> None:
               f" deviation {images.std():.1f}; codes need a wrapper that draws them")
 
 
-def look(config: Config, agent: Agent, replay: Replay, board, steps: int) -> dict:
-    """Evaluate, and draw a dream of replayed sequences into the run's folder. The run
+def look(config: Config, agent: Agent, steps: int) -> dict:
+    """Evaluate, and draw a dream of the evaluated game into the run's folder. The run
     goes on as if nobody had looked: it gets its own random numbers back."""
-    generator, draws, scores = NOISE[agent.device.type], replay.random, {}
-    noise, replay.random = generator.get_rng_state(), np.random.default_rng(steps)
-    if config.eval_episodes:
-        try:
-            with contextlib.closing(make_game(config, 1, EVALUATE, steps)) as envs:
-                ends = evaluate(agent, envs, config.eval_episodes)
-        except UsageError as error:
-            raise UsageError(f"{error}; --eval-episodes 0 trains without evaluations")
-        scores = dict(zip(("eval_return", "eval_length"), ends.mean(0).tolist()))
-    batch = replay.sample(4, min(50, len(replay) // replay.num_envs))
-    film = draw_dream(agent, upload(batch, agent.device))
-    write_whole(Path(config.logdir, "dream.png"), to_png(film))
-    if board:  # a film strip, time from left to right
-        strip = np.concatenate(list(film[::5]), axis=1)
-        board.add_image("dream", strip, steps, dataformats="HWC")
+    generator = NOISE[agent.device.type]
+    noise = generator.get_rng_state()
+    try:
+        with contextlib.closing(make_game(config, 1, EVALUATE, steps)) as envs:
+            ends = evaluate(agent, envs, config.eval_episodes)
+            film = draw_dream(agent, envs, sequences=4)
+    except UsageError as error:
+        raise UsageError(f"{error}; --eval-episodes 0 trains without evaluations")
+    Path(config.logdir, "dream.png").write_bytes(to_png(film))
     generator.set_rng_state(noise)
-    replay.random = draws
-    return scores
+    return dict(zip(("eval_return", "eval_length"), ends.mean(0).tolist()))
 
 
-def write_whole(path: Path, data, keep: Path | None = None) -> None:
-    """Write beside the old file and rename over it: there is always a whole one. `keep`
-    is the name under which the old one stays."""
-    new = path.with_name(path.name + ".new")
+def save_checkpoint(config: Config, agent: Agent, replay: Replay, counters) -> None:
+    """Weights, Adam's state, counters and random states; the replay has its own files.
+    It is written beside the old one, which becomes previous.pt, and renamed last: there
+    is always a whole one."""
+    folder, device, data = Path(config.logdir), agent.device.type, io.BytesIO()
+    log_bytes = (folder / "metrics.jsonl").stat().st_size
+    torch.save(dict(
+        config=vars(config), counters=counters, log_bytes=log_bytes,
+        agent=agent.state_dict(), noise={device: NOISE[device].get_rng_state()},
+        adam={k: o.adam.state_dict()["state"] for k, o in agent.optimizers.items()},
+        sampling=replay.random.bit_generator.state), data)
+    path, new = folder / "checkpoint.pt", folder / "checkpoint.new"
     try:
         with open(new, "wb") as file:
-            file.write(data)
+            file.write(data.getbuffer())
             file.flush()
             os.fsync(file.fileno())  # else a power failure may leave an empty file
-        if keep and path.exists():
-            rename(path, keep)
+        if path.exists():
+            rename(path, folder / "previous.pt")
         rename(new, path)
     finally:
         new.unlink(missing_ok=True)  # a full disk must not stay full
 
 
-def save_checkpoint(config, agent: Agent, replay: Replay, counters, keep=True):
-    """Weights, Adam's state, counters and random states; the replay has its own files.
-    The checkpoint before is kept as previous.pt, or replaced."""
-    folder, device, data = Path(config.logdir), agent.device.type, io.BytesIO()
-    log_bytes = (folder / "metrics.jsonl").stat().st_size
-    torch.save(dict(
-        format=2, config=vars(config), counters=counters, log_bytes=log_bytes,
-        agent=agent.state_dict(), noise={device: NOISE[device].get_rng_state()},
-        adam={k: o.adam.state_dict()["state"] for k, o in agent.optimizers.items()},
-        sampling=replay.random.bit_generator.state), data)
-    before = folder / "previous.pt" if keep else None
-    write_whole(folder / "checkpoint.pt", data.getbuffer(), before)
+def rename(old: Path, new: Path) -> None:
+    """os.replace, which fails on Windows while somebody reads the file for a moment."""
+    for seconds in (0.1, 0.5, 1, 2, 0):
+        try:
+            return os.replace(old, new)
+        except PermissionError:
+            if not seconds:
+                raise
+            time.sleep(seconds)
 
 
 def read_checkpoint(folder: str) -> dict | None:
@@ -1929,11 +1901,12 @@ def read_checkpoint(folder: str) -> dict | None:
             if zipfile.ZipFile(path).testzip():  # torch does not compare checksums
                 raise ValueError("a wrong checksum")
             saved = torch.load(path, map_location="cpu", weights_only=True)
+            same_version = saved["config"].keys() == vars(Config()).keys()
+            saved["path"] = path
         except Exception as error:  # torch and zipfile raise many kinds
             print(f"{path} is damaged: {error!r:.60}")
             continue
-        known = isinstance(saved, dict) and saved.get("format") == 2
-        if not known or saved["config"].keys() != vars(Config()).keys():
+        if not same_version:
             raise UsageError(f"{path} is of another version: choose another --logdir")
         return saved
     if found:
@@ -1996,24 +1969,26 @@ def train(config: Config) -> int:
             print("all --steps decisions are made: a larger --steps goes on")
             return 0
         agent = new_agent(config, envs)
-        sizes = dict(image_shape=(envs.channels, 64, 64), action_dim=envs.num_actions)
-        sizes |= dict(num_envs=envs.num_envs, seed=envs.seed)
-        if counters["step"] and not (folder / "replay" / "rows.npy").exists():
+        if saved and not (folder / "replay" / "rows.npy").exists():
             raise UsageError(f"{folder} has a checkpoint, but its replay is missing")
-        replay = Replay(folder / "replay", config.replay_capacity, **sizes)
+        replay = Replay(
+            folder / "replay", config.replay_capacity, num_envs=envs.num_envs,
+            image_shape=(envs.channels, 64, 64), action_dim=envs.num_actions,
+            seed=envs.seed)
         if len(replay) and not saved:
             raise UsageError(f"{folder} has a replay, but its checkpoint is missing")
         envs.seed += int(replay.written[0])  # a resumed run plays other episodes
         gigabytes = replay.rows.nbytes / 1e9
         print(f"replay: {len(replay):,} rows in a file of {gigabytes:.2f} GB")
-        write_whole(folder / "config.json", json.dumps(vars(config), indent=1).encode())
+        (folder / "config.json").write_text(json.dumps(vars(config), indent=1))
         with open(folder / "metrics.jsonl", "a") as log:
             if saved:  # lines after the checkpoint are written again
                 resume(agent, replay, saved)
                 log.truncate(min(log.tell(), saved["log_bytes"]))
-        # A run can be resumed from its first moment on. Where the newest checkpoint was
-        # damaged, a whole one takes its place, and previous.pt stays.
-        save_checkpoint(config, agent, replay, counters, keep=False)
+        if not saved:  # so that a run can be resumed from its first moment on
+            save_checkpoint(config, agent, replay, counters)
+        elif saved["path"].name == "previous.pt":  # in place of the damaged one
+            rename(saved["path"], folder / "checkpoint.pt")
         del saved  # its weights are the agent's now
         try:
             number = training_loop(config, agent, envs, replay, counters)
@@ -2028,45 +2003,25 @@ def train(config: Config) -> int:
     return 0
 
 
-def show(config: Config, saved: dict | None, name: str, draw) -> int:
-    """Draw with the trained agent, into the current folder; the run's is only read."""
+def show(config: Config, saved: dict | None, what: str) -> int:
+    """--eval: scores of whole episodes, and one more as an animation. --dream: what the
+    model predicts. Into the current folder; the run's is only read."""
     if not saved:
         raise UsageError(f"there is no checkpoint in {config.logdir}: train first")
     game = make_game(config, 1, SHOW, saved["counters"]["step"])
     with contextlib.closing(game) as envs:
         agent = new_agent(config, envs)
         agent.load_state_dict(saved["agent"])
-        frames = draw(config, agent, envs)
-    path = Path("-".join(re.findall(r"[\w.]*\w", config.logdir)) + f"-{name}.png")
+        if what == "eval":
+            score, length = evaluate(agent, envs, max(1, config.eval_episodes)).T
+            print(f"episodes: {len(score)}, mean score {score.mean():.2f}, median"
+                  f" {np.median(score):.2f}, standard deviation {score.std():.2f},"
+                  f" mean length {length.mean():.1f} decisions")
+        frames = dict(eval=draw_play, dream=draw_dream)[what](agent, envs)
+    path = Path("-".join(re.findall(r"[\w.]*\w", config.logdir)) + f"-{what}.png")
     path.write_bytes(to_png(frames))
     print(f"{path}: an animation of {len(frames)} frames")
     return 0
-
-
-def play(config: Config, agent: Agent, envs: Envs) -> np.ndarray:
-    """--eval: the scores of whole episodes, and one more as an animation."""
-    score, length = evaluate(agent, envs, max(1, config.eval_episodes)).T
-    print(f"episodes: {len(score)}, mean score {score.mean():.2f}, median",
-          f"{np.median(score):.2f}, standard deviation {score.std():.2f}, mean length",
-          f"{length.mean():.1f} decisions")
-    return draw_play(agent, envs)
-
-
-def dream(config: Config, agent: Agent, envs: Envs) -> np.ndarray:
-    """--dream: what the model predicts of 600 newly played rows, taken as 12 sequences
-    of 50, of which those 4 are drawn that change most."""
-    row, memory, rows = envs.reset(), None, []
-    for _ in range(600):
-        rows.append(row)
-        action, memory = choose(agent, envs, row, memory)
-        row = envs.step(action)
-    batch = {}
-    for name, values in zip(Row._fields, map(np.concatenate, zip(*rows))):
-        batch[name] = values.reshape(12, 50, *values.shape[1:]).swapaxes(0, 1)
-    change = np.abs(np.diff(batch["image"].astype(int), axis=0)).mean((0, 2, 3, 4))
-    batch = {name: x[:, change.argsort()[-4:]] for name, x in batch.items()}
-    batch["is_first"][0] = True
-    return draw_dream(agent, upload(batch, agent.device))
 
 
 def pick_device(name: str) -> torch.device:
@@ -2092,8 +2047,8 @@ def flag(name: str) -> str:
 
 
 def read_flags(argv: list[str]) -> dict:
-    """The settings that flags give, and whether to --eval or --dream. There is one flag
-    for each field of Config; its help is the comment beside it."""
+    """The settings that flags give; `show` is what --eval or --dream asks for. There is
+    one flag for each field of Config; its help is the comment beside it."""
 
     def error(message):  # one line, like every other complaint
         raise UsageError(message)
@@ -2103,17 +2058,19 @@ def read_flags(argv: list[str]) -> dict:
         description="DreamerV2. Trains, or goes on with the run that its folder holds.")
     parser.error = error
     one = parser.add_mutually_exclusive_group()
-    one.add_argument("--eval", action="store_true", help="play with the trained agent")
-    one.add_argument("--dream", action="store_true", help="draw what it predicts")
+    for name, help in ("eval", "play with the trained agent"), ("dream", "draw one"):
+        one.add_argument(
+            flag(name), help=help, dest="show", action="store_const", const=name)
     part_1 = Path(__file__).read_text(encoding="utf-8").split("# %% Part 2")[0]
     comments = dict(re.findall(r"\n    (\w+): .*?  # (.*)", part_1))
+    choices = dict(preset=["auto", *PRESETS], precision=["auto", "fp32", "bf16"])
     for field in dataclasses.fields(Config):
         help = f"{comments[field.name]} (default: {field.default})".replace("%", "%%")
         kind = dict(type=type(field.default))
         if kind["type"] is bool:
             kind = dict(action=argparse.BooleanOptionalAction)
-        elif field.name == "preset":
-            kind = dict(choices=["auto", *PRESETS])
+        elif field.name in choices:
+            kind = dict(choices=choices[field.name])
         parser.add_argument(flag(field.name), help=help, **kind)
     return vars(parser.parse_args(argv))
 
@@ -2125,40 +2082,34 @@ def check(config: Config) -> None:
     least |= dict(horizon=1 + config.shifted_advantage)
     least |= dict.fromkeys(("seed", "max_noops", "anneal_steps", "eval_episodes"), 0)
     least |= dict.fromkeys(("model_lr", "actor_lr", "critic_lr"), 1e-12)
-    most = dict(seed=2**30, num_envs=1000, max_noops=200, time_limit=10**6)
-    shares = "sticky gamma return_lambda kl_balance reinforce_mix reinforce_mix_end"
-    most |= dict.fromkeys(shares.split() + ["weight_decay"], 1)
+    shares = """sticky gamma return_lambda kl_balance reinforce_mix reinforce_mix_end
+        unimix weight_decay""".split()
     for name, value in vars(config).items():
         if type(value) in (int, float):
             low = least.get(name, 1 if type(value) is int else 0)
-            high = most.get(name, 10**12)
+            high = 1 if name in shares else 10**8
             if not low <= value <= high:
                 raise UsageError(f"{flag(name)} {value}: must be from {low} to {high}")
-    if config.precision not in ("auto", "fp32", "bf16"):
-        raise UsageError(f"--precision {config.precision}: must be auto, fp32 or bf16")
-    pick_device(config.device)
 
 
 def parse_config(argv: list[str]) -> tuple[Config, dict | None]:
     """Command line -> checked Config, and the checkpoint of its folder. Flags go over
     the settings of that checkpoint or, in a new run, over the preset's."""
-    given = {k: v for k, v in read_flags(argv).items() if k not in ("eval", "dream")}
-    saved, preset = None, given.pop("preset", "auto")
-    if given.get("logdir"):
-        given["logdir"] = os.path.expanduser(given["logdir"])
-        saved = read_checkpoint(given["logdir"])
-    if preset == "auto" and not saved:
-        preset = auto_preset(given.get("device", "auto"))
-    if preset != "auto":
-        given["preset"] = preset
-    config = Config(**(read_flags(PRESETS.get(preset, "").split()) | given))
+    given = {k: v for k, v in read_flags(argv).items() if k != "show"}
+    on_gpu = pick_device(given.get("device", "auto")).type == "cuda"
+    name, why = given.get("preset", "auto"), "as asked"
+    if name == "auto":
+        given.pop("preset", None)
+        name, why = ("atari", ON_GPU) if on_gpu else ("small", ON_CPU)
+    preset = dict(preset=name) | read_flags(PRESETS[name].split())
+    config = Config(**(preset | given))
     config.game = canonical_name(config.game)
     if "game" in given:  # another spelling is no other game
         given["game"] = config.game
-    if not config.logdir:
-        game = re.sub(r"[^\w.-]", "_", config.game)
-        config.logdir = f"runs/{game}-{config.preset}-seed{config.seed}"
-        saved = read_checkpoint(config.logdir)
+    game = re.sub(r"[^\w.-]", "_", config.game)
+    logdir = config.logdir or f"runs/{game}-{name}-seed{config.seed}"
+    config.logdir = os.path.expanduser(logdir)
+    saved = read_checkpoint(config.logdir)
     if saved:
         before = saved["config"]
         new = {k: f"{flag(k)} {v} (was {before[k]})" for k, v in given.items()
@@ -2166,23 +2117,14 @@ def parse_config(argv: list[str]) -> tuple[Config, dict | None]:
         if refused := ", ".join(new[k] for k in new if k not in FREE):
             raise UsageError(f"{refused}: choose another --logdir than {config.logdir}")
         config = Config(**(before | given | dict(logdir=config.logdir)))
-        step = f"{config.logdir}: {saved['counters']['step']:,} decisions"
-        print(f"{step}, settings as they were", *new.values(), sep=", ")
+        why = f"{saved['counters']['step']:,} decisions made in {config.logdir}"
+        why = ", ".join([why, *new.values()])
+    print(f"preset {config.preset}: {why}")
     check(config)
     idle = {"sticky", "max_noops", "full_action_space", "action_repeat"} & set(given)
     if idle and config.game not in atari_roms().values():
         print(*map(flag, sorted(idle)), "act on Atari only (--action-repeat: and Box)")
     return config, saved
-
-
-def auto_preset(device: str) -> str:
-    """The preset that suits the device; says which, why, and how to have the other."""
-    if pick_device(device).type == "cuda":
-        print("preset atari, the paper's, for a CUDA GPU (--preset small is for a CPU)")
-        return "atari"
-    print("preset small, since no CUDA GPU is used (the paper's: --preset atari, which"
-          " takes 15 s or more a gradient step on a CPU)")
-    return "small"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -2194,16 +2136,18 @@ def main(argv: list[str] | None = None) -> int:
         sys.path.append(os.getcwd())  # where your_module:YourGame-v0 may lie
     try:
         argv = sys.argv[1:] if argv is None else argv
-        config, saved = parse_config(argv)
-        if "--eval" in argv:
-            return show(config, saved, "eval", play)
-        if "--dream" in argv:
-            return show(config, saved, "dream", dream)
+        what, (config, saved) = read_flags(argv).get("show"), parse_config(argv)
+        if what:
+            return show(config, saved, what)
         del saved  # train reads it under the folder's lock
         return train(config)
     except (UsageError, OSError, ImportError) as error:  # OSError: disk or folder
         print("dreamerv2.py:", *str(error).split(), file=sys.stderr)
         return 2
+    except torch.OutOfMemoryError:
+        print("dreamerv2.py: out of GPU memory: try a smaller --batch-size",
+              file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("\nended at once; training goes on from the last checkpoint")
         return 128 + signal.SIGINT

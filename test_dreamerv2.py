@@ -1283,10 +1283,10 @@ def test_images_of_every_layout(shape, kind):
 
 
 @pytest.mark.parametrize("images, actions, named", [
-    (Dict(image=Colours.observation_space), Discrete(2), "Dict"),
-    (Discrete(9), Discrete(2), "Discrete"),
-    (Box(0, 255, (64, 64), np.float32), Discrete(2), "255.0"),
-    (Box(-1, 1, (64, 64)), Discrete(2), "-1.0"), (Box(0, 1, (7,)), Discrete(2), "(7,)"),
+    (Dict(image=Colours.observation_space), Discrete(2), "object of shape ()"),
+    (Discrete(9), Discrete(2), "int64 of shape ()"),
+    (Box(0, 255, (64, 64), np.float32), Discrete(2), "float32 of shape (1, 64, 64)"),
+    (Box(-1, 1, (64, 64)), Discrete(2), "float32"), (Box(0, 1, (7,)), Discrete(2), "(7,)"),
     (Box(0, 255, (64, 64, 5), np.uint8), Discrete(2), "(64, 64, 5)"),
     (Box(0, 9, (64, 64, 3), np.int64), Discrete(2), "int64"),
     (Colours.observation_space, MultiDiscrete([2, 2]), "MultiDiscrete"),
@@ -1297,9 +1297,9 @@ def test_images_of_every_layout(shape, kind):
 def test_games_that_cannot_be_played_say_why(images, actions, named):
     """And toy_game sees that they are closed."""
     with toy_game(observation_space=images, action_space=actions) as game:
-        with pytest.raises(d.UsageError, match="--game needs .*this game has") as error:
+        with pytest.raises(d.UsageError, match=f"--game {game}: .* must be .*, not ") as error:
             d.make_envs(game)
-        assert Colours.made == 1 and named in str(error.value).split("this game has")[1]
+        assert Colours.made == 1 and named in str(error.value).split(", not ")[1]
 
 
 def test_boxes_of_actions_are_scaled_and_repeated():
@@ -1347,14 +1347,14 @@ def test_rewards_of_any_shape_and_type(reward):
 
 @pytest.mark.parametrize("result, said", [
     ((Colours.image, math.nan), "not finite"), ((Colours.image, -math.inf), "not finite"),
-    ((Colours.image, np.array([np.inf])), "not finite"), ((Colours.image, "?"), "raised "),
-    ((Colours.image, np.ones(2)), "raised ValueError"), ((Colours.image, None), "raised "),
-    ((Colours.image * 1.0, 1), "raised ValueError: no image: float64 of shape (3, 96, 128)")])
+    ((Colours.image, np.array([np.inf])), "not finite"), ((Colours.image, "?"), "Error: "),
+    ((Colours.image, np.ones(2)), "ValueError: "), ((Colours.image, None), "Error: "),
+    ((Colours.image * 1.0, 1), "ValueError: images must be")])
 def test_a_step_that_makes_no_sense_ends_in_one_line(result, said, tmp_path, capsys):
     with toy_game(step=lambda *_: (*result, False, False, {})) as game:
         assert run("--game", game, *QUICK, "--logdir", tmp_path, "--steps", 10) == 1
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith(f"dreamerv2.py: the game {game}") and said in last
+    assert last.startswith(f"dreamerv2.py: --game {game}: ") and said in last
     assert np.isfinite(np.load(tmp_path / "replay" / "rows.npy")["reward"]).all()
 
 
@@ -1406,7 +1406,7 @@ def test_a_game_of_which_one_can_exist_is_trained_and_not_evaluated(tmp_path, ca
         for steps in (30, 50):
             assert run(*flags, "--logdir", tmp_path / "a") == 1
             last = capsys.readouterr().err.splitlines()[-1]
-            assert last.startswith(f"dreamerv2.py: the game {game}")
+            assert last.startswith(f"dreamerv2.py: --game {game}: ")
             assert "the port is taken" in last and "--eval-episodes 0" in last
             assert counters(tmp_path / "a")["step"] == steps
         assert run(*flags, "--logdir", tmp_path / "b", "--eval-episodes", 0) == 0
@@ -1451,7 +1451,7 @@ def test_run_resumes_without_a_burst(tmp_path, capsys):
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 45, "upda')  # torn by a kill
     assert run(*flags, 60) == 0
-    assert "40 decisions" in capsys.readouterr().out
+    assert "40 decisions made in" in capsys.readouterr().out
     assert [(r["step"], r["updates"]) for r in lines(tmp_path)] == [(1, 0), (40, 5), (60, 10)]
     for steps in (60, 50):
         assert run(*flags, steps) == 0 and "decisions are made" in capsys.readouterr().out
@@ -1503,7 +1503,7 @@ FALL = mock.Mock(side_effect=RuntimeError("it fell over"))
 @pytest.mark.parametrize("end, step, status, saved, said", [
     (HANG, 33, 130, 32, "goes on from the last checkpoint"),
     (HANG, 44, 130, 40, "goes on from the last checkpoint"),
-    (FALL, 33, 1, 32, "the game Catch raised RuntimeError: it fell over (in mock.py, line "),
+    (FALL, 33, 1, 32, "--game Catch: RuntimeError: it fell over; "),
     (FALL, 44, 1, 40, "--eval-episodes 0 trains without evaluations")])
 def test_a_game_that_hangs_or_raises_does_not_take_the_replay_with_it(
         end, step, status, saved, said, tmp_path, in_step, capsys):
@@ -1710,14 +1710,15 @@ def test_the_preset_suits_the_device(device, preset, other, monkeypatch, capsys)
 BAD = """--step 9|--steps|--steps 0|--steps 1.5|--steps many|--steps nan|--seed -1|Pong
 --batch-size -1|--horizon 0|--horizon 1 --shifted-advantage|--layer-norm=no|--no-such-flag
 --steps-per-update 0|--gamma 1.01|--gamma nan|--model-lr 0|--sticky 2|--num-envs 0|--compile
---num-envs 1001|--seq-len 0|--replay-capacity 3|--replay-capacity 0|--noops 30|--resume latest
+--seq-len 0|--replay-capacity 3|--replay-capacity 0|--noops 30|--resume latest
 --replay-capacity 10000000000000|--device cuda:99|--device toaster|--precision tf32
 --precision float16|--anneal-steps -1|--reinforce-mix-end 1.5|--entropy-scale-end -1
 --kl-balance 1.2|--checkpoint-minutes -1|--checkpoint-minutes inf|--num-classes 1
 --time-limit 0|--time-limit 1000000000|--eval-episodes -1|--max-noops -1|--action-repeat -4
 --free-nats -1|--grad-clip -1|--game combat|--game tests:|--game=|--eval-mode sample"""
 BAD = [(flags, flags.split()[0].split("=")[0]) for flags in re.split(r"[|\n]", BAD)] + [
-    ("--game Brekout", "breakout"), ("--game Cach", "near: catch"), ("--eval", "train first"),
+    ("--game Brekout", "`Breakout`"), ("--game brekout", "`Breakout`"),
+    ("--eval", "train first"),
     ("--game CartPole-v1", "images"), ("--game NoSuch-v0", "module:id"),
     ("--game no_module:Game-v0", "no_module"), ("--game :X-v0", "Empty module name"),
     ("--preset smal", "'small'"), ("--seq-len 500", "--prefill-steps"),
@@ -1873,8 +1874,8 @@ def dies(monkeypatch, stage):
         yield
 
 
-@pytest.mark.parametrize("stage", range(13))
-@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize("begun, stage", [
+    *((False, stage) for stage in range(13)), *((True, stage) for stage in range(9))])
 def test_killed_at_any_moment_of_a_start(begun, stage, tmp_path, first_run, monkeypatch):
     """The same command then begins; or goes on, here from the checkpoint before, which is
     not lost until there is a later one."""
@@ -1907,7 +1908,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_goes_on(damage, short_
     capsys.readouterr()
     assert run("--logdir", short_run, "--eval") == 0
     out = capsys.readouterr().out
-    assert (f"{path} is damaged" in out) == bool(damage) and f"{short_run}: 30 decisions" in out
+    assert (f"{path} is damaged" in out) == bool(damage) and f"30 decisions made in {short_run}" in out
     assert contents(short_run) == bad
     assert run(*CATCH, "--logdir", short_run, "--steps", 45) == 0
     table = [r["step"] for r in lines(short_run)]
@@ -1945,7 +1946,7 @@ def test_changed_settings_are_refused_by_name_or_said(short_run, capsys):
     assert run("--logdir", short_run, "--steps", 44, "--eval-episodes", 2) == 0
     assert "--steps 44 (was 40), --eval-episodes 2 (was 1)" in capsys.readouterr().out
     assert json.loads((short_run / "config.json").read_text())["steps"] == 44
-    torch.save(dict(format=1), short_run / "checkpoint.pt")
+    torch.save(dict(config=dict(steps=1)), short_run / "checkpoint.pt")
     assert run(*base, "--steps", 50) == 2 and "another version" in capsys.readouterr().err
 
 
@@ -2009,8 +2010,9 @@ def test_a_number_that_is_not_finite_stops_the_run(name, module, short_run, caps
     with monkeypatch.context() as patch:
         patch.setattr(d.Agent, "train_step", poisoned)
         assert run(*flags) == 1
-    message = f"{name} is not finite in update 8; {short_run / 'checkpoint.pt'} is good"
-    assert capsys.readouterr().err.endswith(f"\ndreamerv2.py: {message}\n")
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert re.match(f"dreamerv2.py: not finite: .*\\b{name}\\b", said)
+    assert said.endswith(f"; {short_run / 'checkpoint.pt'} is good")
     assert counters(short_run)["step"] == 40  # not poisoned by a save at the end
     assert run(*flags) == 0
 
@@ -2021,8 +2023,8 @@ def test_checkpoints_come_by_the_clock(minutes, expected, tmp_path, monkeypatch)
     """By one that goes on by a second when it is read, some times a decision."""
     saves, real = [], d.save_checkpoint
     monkeypatch.setattr(d.time, "time", itertools.count().__next__)
-    monkeypatch.setattr(d, "save_checkpoint", lambda config, agent, replay, counters, **keep: (
-        saves.append(counters["step"]), real(config, agent, replay, counters, **keep)))
+    monkeypatch.setattr(d, "save_checkpoint", lambda config, agent, replay, counters: (
+        saves.append(counters["step"]), real(config, agent, replay, counters)))
     assert run(*CATCH, "--logdir", tmp_path, "--prefill-steps", 200, "--steps", 100,
                "--checkpoint-minutes", minutes) == 0
     assert counters(tmp_path, "previous.pt")["step"] == saves[-2]
@@ -2043,7 +2045,7 @@ def meta_agent(monkeypatch):
     adam = torch.optim.AdamW
     monkeypatch.setattr(torch.optim, "AdamW",
                         lambda *args, **kw: adam(*args, **kw | dict(fused=False)))
-    monkeypatch.setattr(d.Agent, "autocast", lambda self: contextlib.nullcontext())
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
 
     def make(config, num_actions, continuous=False):
         batch = {k: torch.empty(config.seq_len, config.batch_size, *v.shape[2:], dtype=v.dtype,
@@ -2085,12 +2087,13 @@ class Launches(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("precision, rho, most", [
-    ("fp32", 1.0, 5118), ("fp32", 0.9, 6194), ("bf16", 1.0, 6039), ("bf16", 0.9, 7220)])
+    ("fp32", 1.0, 4592), ("fp32", 0.9, 5638), ("bf16", 1.0, 4901), ("bf16", 0.9, 6052)])
 def test_operations_of_a_gradient_step(precision, rho, most):
     """With the paper's T, H and layers; other sizes do not matter. A change that exceeds the
     bound makes a step slower where Python launches the kernels. -s prints what they are."""
     agent = tiny_agent(18, mlp_layers=4, horizon=15, precision=precision, reinforce_mix=rho)
     batch = random_batch(T=50, B=2, A=18)
+    agent.update_networks(batch, dynamics=rho < 1)  # in the first, Adam makes its state
     with Launches() as launches:
         agent.update_networks(batch, dynamics=rho < 1)
     total = sum(launches.counts.values())
@@ -2146,7 +2149,7 @@ def test_memory_does_not_grow():
 def test_cuda_graph_copies_in_copies_out_and_keeps_options_and_shapes_apart(monkeypatch):
     """torch.cuda faked on the CPU: a graph that is replayed adds once more, and writes into
     what came out when it was recorded."""
-    calls, graphs, recording = [], [], []
+    calls, graphs, recording, pools = [], [], [], []
 
     class Graph:
         def __enter__(self):
@@ -2169,7 +2172,8 @@ def test_cuda_graph_copies_in_copies_out_and_keeps_options_and_shapes_apart(monk
     stream = types.SimpleNamespace(wait_stream=lambda other: None)
     for name, fake in dict(
             Stream=lambda: stream, current_stream=lambda: stream, CUDAGraph=Graph,
-            graph=lambda graph, stream: graph, stream=contextlib.nullcontext).items():
+            graph=lambda graph, pool, stream: pools.append(pool) or graph,
+            graph_pool_handle=lambda: "pool", stream=contextlib.nullcontext).items():
         monkeypatch.setattr(torch.cuda, name, fake)
     graph, results = d.CudaGraph(add), []
     for i in range(8):
@@ -2182,6 +2186,7 @@ def test_cuda_graph_copies_in_copies_out_and_keeps_options_and_shapes_apart(monk
         assert graph(dict(x=torch.ones(3)), by=10)["y"].tolist() == [11.0] * 3
         assert graph(dict(x=torch.ones(2)), by=20)["y"].tolist() == [21.0] * 2
     assert calls[4:] == [(10, 3), (20, 2)] * 4 and len(graphs) == 3
+    assert pools == ["pool"] * 3
 
 
 def one_step(device, precision, batch, num_actions=3, **settings):
@@ -2240,7 +2245,8 @@ def test_float32_is_float32_on_cuda(monkeypatch):
 @pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-4), ("bf16", 2e-2)])
 def test_gpu_agrees_with_cpu(precision, tolerance, monkeypatch):
     """One gradient step of the paper's size: same batch, weights and noise."""
-    monkeypatch.setattr(torch, "rand_like", lambda x: torch.rand(x.shape).to(x.device))
+    monkeypatch.setattr(torch.Tensor, "exponential_", lambda x, real=torch.Tensor.exponential_:
+                        x.copy_(real(torch.empty(x.shape))))
     d.pick_device("cuda")
     batch, paper = random_batch(T=10, B=4, A=18), {k: getattr(d.Config, k) for k in SIZES}
     ours, _ = one_step("cuda", precision, batch, 18, **paper)
@@ -2315,6 +2321,7 @@ def test_pictures_are_pngs(shape):
 
 def test_a_dream_sees_its_context_and_no_image_after_it():
     agent, batch = tiny_agent(), random_batch(T=12, B=3)
+    agent.world_model.rssm.post_out.weight.data *= 30  # sees small changes
 
     def dream(seed=1, changed=slice(0)):
         image = batch["image"].clone()
@@ -2332,11 +2339,6 @@ def test_a_dream_sees_its_context_and_no_image_after_it():
     seen = dream(changed=slice(2, 3))[1]
     assert torch.equal(seen[:2], model[:2]) and not torch.equal(seen[2], model[2])
 
-    torch.manual_seed(1)
-    film, pixels = d.draw_dream(agent, batch), d.to_pixels(model)
-    assert film.shape == (12, 3 * 64, 3 * 64, 1)
-    assert (film[:5, :2] == 255).all() and (film[5:, :2] < 255).any()
-    assert (film[7, 64:128, 128:] == pixels[7, 2]).all()  # the model's third sequence
     colours = d.to_pixels(torch.linspace(-0.5, 0.5, 4)[:, None, None].expand(4, 64, 64))
     assert colours[0, 0].tolist() == [0, 85, 170]  # of 4 channels, 3
     assert (colours[63] == 128).all() and (colours[:, 63] == 128).all()
@@ -2375,8 +2377,7 @@ def test_a_run_shows_itself_while_it_trains(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard",
                         types.SimpleNamespace(SummaryWriter=Writer))
     flags = (*CATCH, "--logdir", tmp_path)
-    assert run(*flags, "--steps", 100, "--log-every-steps", 20, "--eval-every-steps", 60,
-               "--eval-episodes", 0) == 0
+    assert run(*flags, "--steps", 100, "--log-every-steps", 20, "--eval-every-steps", 60) == 0
     earlier = (tmp_path / "dream.png").read_bytes()
     assert run(*flags, "--steps", 140) == 0  # a dream at 120, and at the end
     assert Writer.call_args_list == [mock.call(str(tmp_path), purge_step=step)
@@ -2385,20 +2386,10 @@ def test_a_run_shows_itself_while_it_trains(tmp_path, monkeypatch):
     assert shown == {(name, value, row["step"]) for row in lines(tmp_path)
                      for name, value in row.items() if value is not None}
     assert all(board.mock_calls[-1] == mock.call.flush() for board in boards)
-    images = [call.args for board in boards for call in board.add_image.call_args_list]
-    assert [(name, step) for name, _, step in images] == [
-        ("dream", step) for step in (60, 100, 120, 140)]
     assert [p.name for p in tmp_path.glob("*.png")] == ["dream.png"]
     assert (tmp_path / "dream.png").read_bytes() != earlier
     film, milliseconds = read_png(tmp_path / "dream.png")
     assert film.shape == (50, 9 * 64, 12 * 64, 1) and milliseconds == {100}
-    small, strip = film[:, ::3, ::3], images[-1][1]  # every fifth frame, from left to right
-    assert strip.shape == (192, 10 * 256, 1)
-    assert (strip.reshape(192, 10, 256, 1).swapaxes(0, 1) == small[::5]).all()
-    rows = np.load(tmp_path / "replay" / "rows.npy")["image"][0, :, 0]
-    played = {x[:63, :63].tobytes() for x in rows}  # the last row and column are gray
-    assert all(small[t, :63, x:x + 63].tobytes() in played
-               for t in range(5, 50) for x in (0, 64, 128, 192))
 
 
 def test_a_run_goes_on_as_if_nobody_looked(tmp_path, monkeypatch):
@@ -2419,25 +2410,18 @@ def test_a_run_goes_on_as_if_nobody_looked(tmp_path, monkeypatch):
     None, types.SimpleNamespace(), types.SimpleNamespace(SummaryWriter=lambda *a, **k: 1 / 0)],
     ids=["none", "not whole", "raises"])
 def test_without_tensorboard_a_run_trains_and_draws(module, tmp_path, monkeypatch):
-    """Here of a replay that is no longer than what the model sees."""
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
     assert run("--game", "Catch", "--preset", "debug", "--logdir", tmp_path, "--steps", 4,
                "--seq-len", 2, "--prefill-steps", 2, "--steps-per-update", 1) == 0
     film, _ = read_png(tmp_path / "dream.png")
-    assert len(film) == 5 and not list(tmp_path.glob("*tfevents*"))
+    assert len(film) == 50 and not list(tmp_path.glob("*tfevents*"))
 
 
 def test_a_disk_that_fills_up_under_a_picture_loses_nothing(tmp_path, monkeypatch, capsys):
-    real = d.write_whole
-
-    def full(path, *args):
-        if path.suffix == ".png":
-            raise OSError(28, "No space left on device", str(path))
-        real(path, *args)
-
+    full = mock.Mock(side_effect=OSError(28, "No space left on device"))
     flags = (*CATCH, "--logdir", tmp_path, "--eval-every-steps", 60, "--log-every-steps", 20,
              "--steps", 100)
-    monkeypatch.setattr(d, "write_whole", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     assert run(*flags) == 1 and "checkpoint.pt is good" in capsys.readouterr().err
     monkeypatch.undo()
     assert run(*flags) == 0
@@ -2450,7 +2434,6 @@ def test_a_real_tensorboard_reads_it(tmp_path):
     assert run(*CATCH, "--logdir", tmp_path, "--steps", 80) == 0
     events = reader.EventAccumulator(str(tmp_path)).Reload()
     assert [x.step for x in events.Scalars("kl")] == [row["step"] for row in lines(tmp_path)]
-    assert [(x.step, x.width, x.height) for x in events.Images("dream")] == [(80, 2560, 192)]
 
 
 # -------------------------------------------------------------------------- learning
@@ -2484,7 +2467,7 @@ def test_learns_catch(tmp_path):
 
 # --------------------------------------------------------------------- the file itself
 
-LIMIT, CODE, LONGEST, WIDTH = 2213, 1243, 45, 88  # lines, of code, of a function; columns
+LIMIT, CODE, LONGEST, WIDTH = 2157, 1206, 45, 88  # lines, of code, of a function; columns
 README = HERE / "README.md"
 OPTIONS = {d.flag(field.name) for field in dataclasses.fields(d.Config)}
 
@@ -2613,7 +2596,7 @@ CRUCIAL = [
     ("+ (probs - probs.detach())", "", "stopped_head"),
     ("alpha * train_prior + (1 - alpha) * train_posterior", "train_prior", "parity_kl"),
     ("torch.sigmoid(update - 1)", "torch.sigmoid(update)", "parity_gru"),
-    ("(~is_first).to(action.dtype)[:, None]", "torch.ones_like(embed[:, :1])", "is_first_equals"),
+    ("first = is_first[:, None]", "first = torch.zeros_like(is_first)[:, None]", "is_first_equals"),
     ("features[-1].detach()", "features[-1]", "parity_behaviour"),
     ("(returns - baseline).detach()", "returns - baseline", "actor_loss_by_hand"),
     ("self.slow_critic.load_state_dict(self.critic.state_dict())", "pass", "slow_critic"),
@@ -3042,7 +3025,7 @@ def command_line(argv=None):
             if flags:
                 error(f"--scores FOLDER knows no {' '.join(flags)}")
             scores(given.scores)
-        elif {"eval", "dream"} & d.read_flags(flags).keys():
+        elif "show" in d.read_flags(flags):
             error("--benchmark neither plays nor dreams")
         else:
             with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
