@@ -352,13 +352,11 @@ def balanced_kl(posterior: Tensor, prior: Tensor, alpha: float | None,
     1.0
     """
     if alpha is None:
-        plain = kl(posterior, prior)
-        return plain.clamp(min=free_bits) if free_bits else plain, plain.detach()
-    nats = train_prior = kl(posterior.detach(), prior)
-    train_posterior = kl(posterior, prior.detach())
-    if free_bits:
-        train_prior = train_prior.clamp(min=free_bits)
-        train_posterior = train_posterior.clamp(min=free_bits)
+        nats = kl(posterior, prior)
+        return nats.clamp(min=free_bits), nats.detach()
+    nats = kl(posterior.detach(), prior)
+    train_prior = nats.clamp(min=free_bits)
+    train_posterior = kl(posterior, prior.detach()).clamp(min=free_bits)
     # Without the balance the posterior is dragged towards a prior that has learned
     # nothing yet. Paper, Table 2: the gamer median falls from 1.64 to 0.84.
     return alpha * train_prior + (1 - alpha) * train_posterior, nats.detach()
@@ -827,11 +825,9 @@ class WorldModel(nn.Module):
         reward_target = reward.tanh() if reward_tanh else reward
         seen = feature if reward_gradients else feature.detach()
         out = self.reward_head(seen)
-        reward_mean = head_mean(out)
-        if out.shape[-1] == 1:
-            reward_loss = normal_nll(reward_mean, reward_target).mean()
-        else:
-            reward_loss = twohot_nll(out, reward_target).mean()
+        reward_mean, twohot = head_mean(out), out.shape[-1] > 1
+        reward_loss = (twohot_nll(out, reward_target) if twohot
+                       else normal_nll(reward_mean, reward_target)).mean()
         # A soft target, γ or 0, not 1 or 0: the head's mean then IS the discount, and a
         # truncated episode (not terminal) keeps its γ. A target of 1 in its place would
         # teach a discount of 1, so that returns are not discounted.
@@ -1940,10 +1936,8 @@ def new_agent(config: Config, envs: Envs) -> Agent:
     torch.manual_seed(config.seed)
     device = pick_device(config.device)
     agent = Agent(config, envs.num_actions, envs.channels, device, envs.continuous)
-    graphs = "CUDA graphs" if isinstance(agent.decide, CudaGraph) else "no CUDA graphs"
-    print(f"{config.game}, {envs.num_actions} actions, frames a decision:"
-          f" {envs.frames_per_step}; {agent.precision} on {device}, {graphs},"
-          f" rho {agent.mix[0]:g}")
+    print(f"{config.game}: {envs.num_actions} actions, {envs.frames_per_step} frames a"
+          f" decision; {agent.precision} on {device}, rho {agent.mix[0]:g}")
     return agent
 
 
