@@ -24,7 +24,7 @@ THE LOOP, with the paper's numbers. One gradient step is Agent.update_networks.
             critic: move v(z) towards the returns                [Eq. 5]         Part 7
             actor: make actions with return > v(z) likelier      [Eq. 6]         Part 7
             after the 1st, 101st, ... : slow critic <- critic                    Part 8
-        now and then log metrics, evaluate, draw a dream, save              Parts 11, 12
+        now and then evaluate, draw a dream, log metrics, save              Parts 11, 12
 
 MAP. Each part opens with what goes in and out, and with a question, "Predict", that a
 doctest of the part answers. The algorithm is Parts 2 to 8.
@@ -130,8 +130,9 @@ import zlib
 from pathlib import Path
 from typing import NamedTuple
 
-# Idle OpenMP threads spin, so beside one busy process a gradient step takes 100 times
-# as long. This limits the spins, then they sleep. OpenMP reads it when torch loads.
+# After a parallel operation idle OpenMP threads keep their cores busy while they wait.
+# Beside another busy process a gradient step then takes 100 times as long. So they wait
+# that way for a moment only, then sleep. OpenMP reads this when torch is loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import gymnasium
@@ -218,7 +219,7 @@ class Config:
     # What DreamerV3 changed, see the end of Part 2; preset v3 turns all four on
     symexp_twohot: bool = False  # reward head and critic: a cross-entropy on 255 bins
     free_bits: float = 0.0  # nats that each KL term of a state is free of; V3: 1
-    return_scale: bool = False  # divide advantages by the range of returns, if above 1
+    return_scale: float = 0.0  # advantages over max(this, range of returns); V3: 1
     unimix: float = 0.0  # share of a uniform in latents and policy; V3: 0.01
     # Optimisers
     adam_eps: float = 1e-5  # Adam's epsilon; paper: 1e-5
@@ -227,7 +228,7 @@ class Config:
     # Logging
     log_every_steps: int = 2_500  # decisions between lines of metrics.jsonl
     eval_every_steps: int = 100_000  # decisions between evaluations, and between dreams
-    eval_episodes: int = 1  # episodes of an evaluation, 0: none; authors' code: 1
+    eval_episodes: int = 1  # of an evaluation, 0: none, nor dreams; authors' code: 1
     checkpoint_minutes: float = 1.0  # minutes between checkpoints; 0: every decision
 
 
@@ -250,14 +251,15 @@ PRESETS = {
     # DreamerV3's four changes; all the rest stays DreamerV2's. It weighs the prior's KL
     # by β·α = 1 and the posterior's by β·(1 - α) = 0.1.
     "v3": "--symexp-twohot --no-reward-tanh --free-bits 1 --kl-scale 1.1"
-    " --kl-balance 0.9090909 --return-scale --unimix 0.01 --entropy-scale 3e-4",
-    # For a CPU: small networks, with values found by trial on Catch.
-    "small": "--steps 10000 --replay-capacity 100000 --prefill-steps 2500"
-    " --steps-per-update 2 --batch-size 16 --seq-len 8 --num-latents 16"
+    " --kl-balance 0.9090909 --return-scale 1 --unimix 0.01 --entropy-scale 3e-4",
+    # For a CPU: small networks, with values found by trial on Catch, Boxing and
+    # KungFuMaster. Their returns differ in range, hence --return-scale.
+    "small": "--steps 120000 --replay-capacity 120000 --prefill-steps 2500"
+    " --no-full-action-space --batch-size 16 --seq-len 16 --num-latents 16"
     " --num-classes 16 --deter-size 128 --hidden-size 128 --cnn-depth 8 --mlp-layers 2"
-    " --mlp-units 128 --kl-scale 0.3 --model-lr 6e-4 --horizon 6 --gamma 0.99"
-    " --entropy-scale 3e-2 --actor-lr 1e-3 --critic-lr 1e-3 --slow-every-updates 50"
-    " --log-every-steps 500 --eval-every-steps 5000 --eval-episodes 10",
+    " --mlp-units 128 --kl-scale 0.3 --model-lr 6e-4 --gamma 0.99 --return-scale 0.1"
+    " --entropy-scale 1e-2 --actor-lr 4e-4 --critic-lr 1e-3 --slow-every-updates 50"
+    " --log-every-steps 1000 --eval-every-steps 10000 --eval-episodes 3",
     # For tests: seconds.
     "debug": "--steps 800 --time-limit 80 --replay-capacity 1000 --prefill-steps 200"
     " --batch-size 4 --seq-len 8 --num-latents 4 --num-classes 4 --deter-size 16"
@@ -279,8 +281,8 @@ def straight_through_sample(logits: Tensor) -> Tensor:
         return sample + probs - sg(probs)
     logits (..., K) -> (..., K), exactly one-hot, with the softmax's gradient: biased,
     but of little variance. Here: the draw is a race. Of K alarms that ring after random
-    times, exponential with rates probs, class k's is first with probability probs[k].
-    Unlike torch.multinomial, that needs no CPU-GPU synchronisation.
+    times -ln(uniform) / probs, class k's is the first with probability probs[k]. Unlike
+    torch.multinomial, that needs no CPU-GPU synchronisation.
     >>> _ = torch.manual_seed(0)
     >>> logits = torch.tensor([0.0, math.log(3.0)], requires_grad=True)   # probs ¼, ¾
     >>> round(straight_through_sample(logits.expand(9000, 2))[:, 1].mean().item(), 2)
@@ -290,8 +292,9 @@ def straight_through_sample(logits: Tensor) -> Tensor:
     0.1875
     """
     probs = logits.softmax(-1)
-    speed = probs.detach() / torch.empty_like(probs).exponential_()
-    sample = torch.zeros_like(probs).scatter_(-1, speed.argmax(-1, keepdim=True), 1.0)
+    minus_times = torch.rand_like(probs).log() / probs.detach()
+    first = minus_times.argmax(-1, keepdim=True)
+    sample = torch.zeros_like(probs).scatter_(-1, first, 1.0)
     if not logits.requires_grad:  # as in imagination with ρ = 1
         return sample
     # Without the two probs the sample is a constant: no loss would reach the encoder
@@ -346,8 +349,8 @@ def balanced_kl(posterior: Tensor, prior: Tensor, alpha: float | None,
     >>> loss.item(), torch.autograd.grad(loss, post)[0].tolist()    # ... and no pull
     (0.0, [[0.0, 0.0]])
 
-    DreamerV3's free bits: max(free_bits, KL) of each term in each state. Below that
-    nothing asks the latents to be predictable, so that they may begin to speak.
+    DreamerV3's free bits: max(free_bits, KL) of each term in each state. A KL below
+    that has no gradient, so that latents may carry a little information at no cost.
     >>> balanced_kl(post, prior, 0.75, free_bits=1.0)[0].item()      # the KL is 0.14
     1.0
     """
@@ -468,9 +471,9 @@ def symexp(x: Tensor) -> Tensor:
 
 
 def head_mean(out: Tensor) -> Tensor:
-    """The number that a head predicts: its one output (..., 1), or softmax(out)·bins of
-    (..., K), K odd, with bins symexp(-20 ... 20) -> (...). They reach ±5e8, so each is
-    paired with its negative: equal logits give exactly 0.
+    """The number that a head predicts, (...): its output (..., 1), or softmax(out)·bins
+    if it has K logits (..., K), K odd, for the bins symexp(-20 ... 20). Those reach
+    ±5e8, where rounding errors would not cancel, so each is added with its negative:
     >>> head_mean(torch.zeros(255)).item()
     0.0
     """
@@ -494,8 +497,8 @@ def twohot_nll(out: Tensor, target: Tensor) -> Tensor:
     bins = symexp(torch.linspace(-20, 20, out.shape[-1], device=out.device))
     above = torch.searchsorted(bins, target.contiguous()).clamp(1, len(bins) - 1)
     share = (target - bins[above - 1]) / (bins[above] - bins[above - 1])
-    log_p, above = out.log_softmax(-1), above[..., None]
-    lower, upper = log_p.gather(-1, above - 1), log_p.gather(-1, above)
+    log_p, index = out.log_softmax(-1), above[..., None]
+    lower, upper = log_p.gather(-1, index - 1), log_p.gather(-1, index)
     return -torch.lerp(lower[..., 0], upper[..., 0], share.clamp(0, 1))
 
 
@@ -605,7 +608,7 @@ class LayerNormGRUCell(nn.Module):
         gates = self.norm(self.linear(torch.cat([x, h.to(x.dtype)], -1)).float())
         reset, candidate, update = gates.chunk(3, -1)
         candidate = torch.tanh(torch.sigmoid(reset) * candidate)
-        # Without the -1 half of h is overwritten at every step from the start.
+        # The -1 keeps most of h at first; without it each step would overwrite half.
         update = torch.sigmoid(update - 1)
         return torch.lerp(h, candidate, update)  # u · c + (1 - u) · h
 
@@ -658,7 +661,7 @@ class RSSM(nn.Module):
                  layer_norm: bool = True, unimix: float = 0.0):
         super().__init__()
         self.latent_shape, self.unimix = (num_latents, num_classes), unimix
-        self.deter_size, self.action_dim = deter_size, action_dim
+        self.deter_size = deter_size
         latent_size = num_latents * num_classes
         self.feature_size = latent_size + deter_size
         self.img_in = nn.Linear(latent_size + action_dim, hidden_size)
@@ -724,8 +727,8 @@ class RSSM(nn.Module):
         assert same, "embeds, actions and is_first must agree on (T, B)"
         state = self.initial(embeds.shape[1]) if state is None else state
         states = []
-        # Small products, T times in turn. In float32 they are exact, and no kernel is
-        # spent on casts, which in bfloat16 would outnumber them.
+        # The products are small and run T times in turn. In bfloat16 they would need
+        # more kernels for casts than for themselves, so they stay in float32.
         with torch.autocast(embeds.device.type, enabled=False):
             for embed, action, first in zip(embeds.float(), actions, is_first):
                 state = self.obs_step(state, action, embed, first)
@@ -960,7 +963,8 @@ def critic_loss(value: Tensor, returns: Tensor, weights: Tensor, bins=None):
 def returns_range(returns: Tensor) -> Tensor:
     """P95 - P5, the range of returns without outliers, a scalar. DreamerV3 divides the
     advantage by max(1, S), S its running mean: large returns are scaled down, so that η
-    fits all games; small ones, which may be noise, are not scaled up.
+    fits all games; small ones, which may be noise, are not scaled up. Here: that 1 is
+    return_scale; preset small, whose returns are small, has 0.1.
     >>> round(returns_range(torch.arange(101.0)).item(), 2)
     90.0
     """
@@ -1048,10 +1052,10 @@ class CudaGraph:
     returns a dict of tensors and must not need a CPU-GPU synchronisation. Each set of
     options and shapes has its graph, all in one pool of memory: three calls run
     plainly, so that libraries choose their kernels and Adam allocates its state, and
-    the fourth records. A loss of your own that still holds the agent's weights in its
-    autograd graph then breaks the recording: delete it before. Inputs are copied in and
-    outputs out; random numbers are new in each replay. The gain is not measured yet,
-    for want of a GPU."""
+    the fourth records. If you hold a loss of your own on the agent's weights, delete it
+    before the fourth call: its autograd graph would break the recording. Inputs are
+    copied in and outputs out; random numbers are new in each replay. The gain is not
+    measured yet, for want of a GPU."""
 
     def __init__(self, function):
         self.function, self.stream = function, torch.cuda.Stream()
@@ -1101,23 +1105,23 @@ class Agent(nn.Module):
             nn.init.zeros_(self.critic[-2].weight)
             nn.init.zeros_(self.world_model.reward_head[-2].weight)
         # S of returns_range; saved only where it is used.
-        self.register_buffer("spread", torch.zeros(()), persistent=c.return_scale)
+        self.register_buffer("spread", torch.zeros(()), persistent=c.return_scale > 0)
         self.unimix = 0.0 if continuous else c.unimix
         self.slow_critic = copy.deepcopy(self.critic).requires_grad_(False)
-        # Channels last is faster, with the same numbers; Apple's GPUs may overlook it.
+        # Channels last: same numbers, faster. MPS may read such weights wrongly.
         on_mps = self.device.type == "mps"
         order = torch.contiguous_format if on_mps else torch.channels_last
         self.to(self.device, memory_format=order)
         self.model_loss_args = fields(c, """gamma kl_scale kl_balance free_nats
             free_bits discount_scale reward_tanh reward_gradients image_gradients""")
         self.model_loss_args["kl_balance"] = c.kl_balance if c.kl_balancing else None
-        self.model_loss_args["discount_scale"] *= c.discount_head  # 0: not trained
+        if not c.discount_head:
+            self.model_loss_args["discount_scale"] = 0.0
         # Paper: continuous actions learn by dynamics alone; so does the ablation.
         reinforce = c.policy_reinforce and not continuous
         self.mix = (c.reinforce_mix, c.reinforce_mix_end) if reinforce else (0.0, 0.0)
         self.entropy = (c.entropy_scale, c.entropy_scale_end)
-        self.reinforce_mix = torch.zeros(1, device=self.device)
-        self.entropy_scale = torch.zeros(1, device=self.device)
+        self.reinforce_mix, self.entropy_scale = torch.zeros(2, 1, device=self.device)
         names = """horizon gamma return_lambda discount_head slow_baseline return_scale
             shifted_advantage slow_every_updates anneal_steps"""
         for name, value in fields(c, names).items():
@@ -1167,7 +1171,7 @@ class Agent(nn.Module):
 
     def schedule(self, step: int) -> tuple[float, float]:
         """ρ and η after so many decisions: each moves in a straight line to its end."""
-        done = min(1.0, step / (self.anneal_steps or math.inf))
+        done = min(1.0, step / self.anneal_steps) if self.anneal_steps else 0.0
         return tuple(a + done * (b - a) for a, b in (self.mix, self.entropy))
 
     def train_step(self, batch: dict[str, Tensor], step: int = 0) -> dict[str, Tensor]:
@@ -1225,7 +1229,7 @@ class Agent(nn.Module):
         scale = 1.0
         if self.return_scale:  # in place, for CUDA graphs and checkpoints
             self.spread.lerp_(returns_range(returns.detach()), 0.01)
-            scale = self.spread.clamp(min=1)
+            scale = self.spread.clamp(min=self.return_scale)
         log_prob = policy.log_prob(actions[1:end + 1].detach())
         loss_of_actor, actor_metrics = actor_loss(
             log_prob, policy.entropy(), returns[shift:], baseline[:end],
@@ -1241,17 +1245,19 @@ class Agent(nn.Module):
 # Everything that was played, kept on disk. The learner reads 2500 rows for every four
 # that are played, so over a run each row is used some 600 times.
 # In: one row of N environments at a time. Out: batches of sequences (T, B, ...).
-# Predict: five rows are stored, the ring holds four: which sequences of 3 are there?
+# Predict: seven rows are stored, the ring holds four: which sequences of 3 are there?
 
 
 class UsageError(Exception):
-    """What the user can mend: one line, and exit status 2 (1 once training began)."""
+    """An error that the user can mend. It ends the program with one line and exit
+    status 2, or 1 once training began."""
 
 
 class Row(NamedTuple):
-    """One moment of N environments, aligned as the header's TIME says: action, reward
-    CAME WITH the image; on an episode's first row both are zero. is_terminal means that
-    the game ended. It is False where a time limit cut the episode: its γ is kept."""
+    """One moment of N environments, aligned as the header's TIME says: the action LED
+    to the image, and the reward came with it; on an episode's first row both are zero.
+    is_terminal means that the game ended. It is False where a time limit cut the
+    episode: its γ is kept."""
 
     image: np.ndarray  # (N, C, 64, 64) uint8
     action: np.ndarray  # (N, A) float32, one-hot or in [-1, 1]
@@ -1269,11 +1275,11 @@ class Replay:
     >>> import tempfile
     >>> folder = tempfile.TemporaryDirectory()
     >>> replay = Replay(folder.name, capacity=4, image_shape=(1, 1, 1), action_dim=2)
-    >>> for t in range(5):
+    >>> for t in range(7):
     ...     replay.add(np.zeros((1, 1, 1, 1)), np.zeros((1, 2)), [t], [False], [False])
     >>> rewards = replay.sample(batch_size=100, seq_len=3)["reward"]         # (T, B)
-    >>> sorted(set(map(tuple, rewards.T.tolist())))     # row 0 is gone, none wraps
-    [(1.0, 2.0, 3.0), (2.0, 3.0, 4.0)]
+    >>> sorted(set(map(tuple, rewards.T.tolist())))   # of rows 0 to 6 four are left
+    [(3.0, 4.0, 5.0), (4.0, 5.0, 6.0)]
     """
 
     def __init__(self, directory, capacity: int, *, num_envs: int = 1,
@@ -1312,8 +1318,9 @@ class Replay:
 
     def sample(self, batch_size: int, seq_len: int) -> dict[str, Tensor]:
         """Uniformly drawn sequences: a dict of Row's fields, time-major (T, B, ...).
-        Starts are counted from the oldest row to the newest and only then turned into
-        slots: a sequence may cross episodes [D8], never the write head."""
+        In the file the newest row stands next to the oldest. So starts are drawn in the
+        order of age, and only then turned into slots: a sequence may go on into the
+        next episode [D8], never from the newest row to the oldest."""
         written = int(self.written[0])
         oldest = max(0, written - self.length)
         if written - oldest < seq_len:
@@ -1346,15 +1353,15 @@ def make_file(path: Path, dtype: np.dtype, shape: tuple) -> None:
 
 # %% Part 10 | Environments
 # All that can be played, as rows: ale-py's C++ emulators, any Gymnasium game with
-# images, and Catch, the example of your own. In: actions (N, A). Out: rows.
+# images, and Catch, an example to copy. In: actions (N, A). Out: rows.
 # Predict: with which step of Catch does the ball land?
 
 
 class Catch(gymnasium.Env):
     """A ball falls through an 8×8 board, a paddle catches it: learned in minutes.
 
-    The example for your own, too: any gymnasium.Env with images, registered under an
-    id, is played by `--game your_module:YourGame-v0`.
+    An example to copy, too: any gymnasium.Env with images that is registered under an
+    id is played by `--game your_module:YourGame-v0`.
     Actions: left, stay, right. Reward when the ball lands: +1 caught, -1 missed.
     >>> env = Catch()
     >>> _ = env.reset(seed=0)
@@ -1437,7 +1444,7 @@ def blame(game: str):
     except Exception as error:
         what = f"--game {game}: {type(error).__name__}: {error}"
         if isinstance(error, gymnasium.error.UnregisteredEnv):
-            what += " A package's games: module:id, as minigrid:MiniGrid-Empty-8x8-v0"
+            what += " (the id of a package's game is module:id, as in minigrid:...)"
         raise UsageError(what) from error
 
 
@@ -1457,7 +1464,7 @@ class Envs:
         self.game, self.seed, self.frames_per_step = game, seed, action_repeat
 
     def close(self) -> None:
-        """End the games; one that cannot, as its process is dead, ends no run."""
+        """End the games. If one cannot, since its process is dead, it has ended."""
         with contextlib.suppress(Exception):
             self.vector_env.close()
 
@@ -1469,7 +1476,8 @@ class Envs:
         self.done, self.ended = np.zeros(self.num_envs, bool), []
         self.totals = np.zeros((self.num_envs, 2))  # score and decisions so far
         action = np.zeros((self.num_envs, self.num_actions), np.float32)
-        return Row(images, action, action[:, 0], ~self.done, self.done)
+        reward = np.zeros(self.num_envs, np.float32)
+        return Row(images, action, reward, ~self.done, self.done)
 
     def step(self, action: np.ndarray) -> Row:
         """Play actions (N, A), one-hot or in [-1, 1]: the row that they led to."""
@@ -1494,8 +1502,8 @@ class Envs:
 
 def atari_roms() -> dict[str, str]:
     """The Atari games, by their names without underscores. Left out are four for two
-    players, which would end the process."""
-    from ale_py.roms import get_all_rom_ids  # Catch and the algorithm need no emulator
+    players, on which ale-py's vector environment aborts the whole process."""
+    from ale_py.roms import get_all_rom_ids  # here: the algorithm needs no emulator
 
     roms = set(get_all_rom_ids()) - {"combat", "joust", "maze_craze", "warlords"}
     return {rom.replace("_", ""): rom for rom in sorted(roms)}
@@ -1529,7 +1537,7 @@ def make_envs(game: str, num_envs: int = 1, seed: int = 0, *, action_repeat: int
         with blame(game):
             return Envs(AtariVectorEnv(
                 name, num_envs, img_height=64, img_width=64, stack_num=1,
-                frameskip=action_repeat, noop_max=max_noops + 1,
+                frameskip=action_repeat, noop_max=max_noops + 1,  # it counts to 1 less
                 repeat_action_probability=sticky, full_action_space=full_action_space,
                 max_num_frames_per_episode=time_limit * action_repeat,
                 reward_clipping=False, use_fire_reset=False), game, seed, action_repeat)
@@ -1563,7 +1571,7 @@ def choose(agent: Agent | None, envs: Envs, row: Row, memory, greedy: bool = Fal
     return action.cpu().numpy(), memory  # waits for the GPU
 
 
-def evaluate(agent: Agent | None, envs: Envs, episodes: int) -> np.ndarray:
+def evaluate(agent: Agent, envs: Envs, episodes: int) -> np.ndarray:
     """Raw score and decisions (episodes, 2) of whole episodes, by the actor's mode."""
     row, memory, ended = envs.reset(), None, []
     while len(ended) < episodes:
@@ -1603,8 +1611,8 @@ class Metrics:
             self.board = None
 
     def add(self, metrics: dict[str, Tensor]) -> None:
-        """Sum on the device. FloatingPointError where one is not finite: asking that is
-        the CPU-GPU synchronisation of a gradient step."""
+        """Sum on the device. FloatingPointError names those that are not finite; asking
+        that makes the CPU wait for the GPU, once a gradient step."""
         values = torch.stack([v.float() for v in metrics.values()])
         self.names, self.count = list(metrics), self.count + 1
         self.sums = self.sums + values
@@ -1690,9 +1698,9 @@ def open_loop(agent: Agent, batch: dict[str, Tensor], context: int = 5) -> Tenso
 
 
 def draw_dream(agent: Agent, envs: Envs, sequences: int = 12) -> np.ndarray:
-    """open_loop of newly played rows as frames (T, 3·64, 4·64, 1 or 3): of so many
-    sequences of 50 rows, the 4 that change most, side by side; truth above model above
-    error. A white line on top says that the model still sees."""
+    """open_loop as frames (T, 3·64, 4·64, 1 or 3), truth above model above error. Plays
+    so many sequences of 50 rows and takes the 4 in which most changes, side by side. A
+    white line on top says that the model still sees."""
     row, memory, rows = envs.reset(), None, []
     for _ in range(50 * sequences):
         rows.append(row)
@@ -1736,11 +1744,11 @@ def draw_play(agent: Agent, envs: Envs, longest: int = 500) -> np.ndarray:
 
 START = dict(step=0, frames=0, updates=0, episodes=0, wall_time_s=0.0)  # a run's totals
 TRAIN, EVALUATE, SHOW = range(3)  # what a game is made for, part of its seed
-NOISE = dict(cpu=torch, cuda=torch.cuda, mps=torch.mps)  # each device's generator
-ON_GPU = "the paper's, for a CUDA GPU; --preset small is for a CPU"
-ON_CPU = "for a CPU; the paper's, --preset atari, needs 15 s or more a step on it"
-# A resumed run may change these, because they do not alter what is learned from.
-FREE = """device precision cuda_graphs steps log_every_steps eval_every_steps
+RANDOM = dict(cpu=torch, cuda=torch.cuda, mps=torch.mps)  # each has an rng_state
+WHY_ATARI = "the paper's, for a CUDA GPU; --preset small is for a CPU"
+WHY_SMALL = "for a CPU; the paper's, --preset atari, needs 15 s or more a step on it"
+# A resumed run may change these, because they say how it is run, not what it learns.
+MAY_CHANGE = """device precision cuda_graphs steps log_every_steps eval_every_steps
     eval_episodes checkpoint_minutes logdir""".split()
 
 
@@ -1753,7 +1761,8 @@ def training_loop(config: Config, agent: Agent, envs: Envs, replay: Replay, coun
 
     metrics = Metrics(config.logdir, **counters)
     began = time.time() - counters["wall_time_s"]
-    row, memory, scores, saved, ending = envs.reset(), None, {}, time.time(), False
+    row, memory, scores = envs.reset(), None, {}
+    saved_at, ending = time.time(), False
     replay.add(*row)
     warn_of_dim_images(row.image)
     with stop_signals() as signals, progress_bar(config, counters["step"]) as bar:
@@ -1781,23 +1790,23 @@ def training_loop(config: Config, agent: Agent, envs: Envs, replay: Replay, coun
                 metrics.add(agent.train_step(upload(batch, agent.device), step))
             counters.update(updates=agent.updates, wall_time_s=time.time() - began)
 
-            # Look. Save first, so that a game failing in an evaluation costs nothing.
+            # Look. Save first: should a game fail in the evaluation, no step is lost.
             if agent.updates and config.eval_episodes and due(config.eval_every_steps):
                 save_checkpoint(config, agent, replay, counters)
                 scores = look(config, agent, step)
-                saved = 0.0  # save once more when its numbers are logged
+                saved_at = 0.0  # once more, with its scores in the log
 
             # Log.
             ending = bool(signals) or step >= config.steps
-            if metrics.count and (ending or due(config.log_every_steps)):
+            if metrics.count and (scores or ending or due(config.log_every_steps)):
                 line, scores = metrics.write(**counters, **scores), {}
                 shown = ("frames", "episode_return", "updates_per_s")
                 bar.set_postfix({name: line[name] for name in shown}, refresh=False)
 
             # Save.
-            if ending or time.time() - saved >= 60 * config.checkpoint_minutes:
+            if ending or time.time() - saved_at >= 60 * config.checkpoint_minutes:
                 save_checkpoint(config, agent, replay, counters)
-                saved = time.time()
+                saved_at = time.time()
     return signals[0] if signals else None
 
 
@@ -1833,13 +1842,13 @@ def warn_of_dim_images(images: np.ndarray) -> None:
     """The squared errors of near-black images vanish beside a model's other losses."""
     if images.max() < 64:
         print(f"warning: the first images are dim, brightest {images.max()} of 255,"
-              f" deviation {images.std():.1f}; codes need a wrapper that draws them")
+              f" deviation {images.std():.1f}; draw codes as colours, in a wrapper")
 
 
 def look(config: Config, agent: Agent, steps: int) -> dict:
     """Evaluate, and draw a dream of the evaluated game into the run's folder. The run
     goes on as if nobody had looked: it gets its own random numbers back."""
-    generator = NOISE[agent.device.type]
+    generator = RANDOM[agent.device.type]
     noise = generator.get_rng_state()
     try:
         with contextlib.closing(make_game(config, 1, EVALUATE, steps)) as envs:
@@ -1860,7 +1869,7 @@ def save_checkpoint(config: Config, agent: Agent, replay: Replay, counters) -> N
     log_bytes = (folder / "metrics.jsonl").stat().st_size
     torch.save(dict(
         config=vars(config), counters=counters, log_bytes=log_bytes,
-        agent=agent.state_dict(), noise={device: NOISE[device].get_rng_state()},
+        agent=agent.state_dict(), noise={device: RANDOM[device].get_rng_state()},
         adam={k: o.adam.state_dict()["state"] for k, o in agent.optimizers.items()},
         sampling=replay.random.bit_generator.state), data)
     path, new = folder / "checkpoint.pt", folder / "checkpoint.new"
@@ -1912,8 +1921,8 @@ def read_checkpoint(folder: str) -> dict | None:
 
 @contextlib.contextmanager
 def locked(folder: Path):
-    """One process a folder. The lock is an open transaction, which the system ends with
-    its process, however that dies; sqlite3 knows how on every system."""
+    """One process a folder. SQLite's file locks vanish with their process on every
+    system, however it dies, so an open transaction is the lock."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
         lock = sqlite3.connect(folder / "lock", timeout=0)
@@ -1950,21 +1959,22 @@ def resume(agent: Agent, replay: Replay, saved: dict) -> None:
         optimizer.adam.load_state_dict(settings | dict(state=saved["adam"][name]))
     replay.random.bit_generator.state = saved["sampling"]
     if agent.device.type in saved["noise"]:  # not where another device made it
-        NOISE[agent.device.type].set_rng_state(saved["noise"][agent.device.type])
+        RANDOM[agent.device.type].set_rng_state(saved["noise"][agent.device.type])
 
 
 def train(config: Config) -> int:
     """Begin the run of config.logdir, or go on with it; returns the exit status."""
     folder, game = Path(config.logdir), make_game(config, config.num_envs, TRAIN)
     with contextlib.closing(game) as envs, locked(folder):
-        saved = read_checkpoint(folder)  # not before the lock: another may just save
+        saved = read_checkpoint(folder)  # under the lock, since another may just save
         counters = saved["counters"] if saved else dict(START)
         if counters["step"] >= config.steps:
             print("all --steps decisions are made: a larger --steps goes on")
             return 0
         agent = new_agent(config, envs)
         if saved and not (folder / "replay" / "rows.npy").exists():
-            raise UsageError(f"{folder} has a checkpoint, but its replay is missing")
+            raise UsageError(f"{folder} has a checkpoint, but its replay is missing: it"
+                             " can be shown, by --eval or --dream, but not go on")
         replay = Replay(
             folder / "replay", config.replay_capacity, num_envs=envs.num_envs,
             image_shape=(envs.channels, 64, 64), action_dim=envs.num_actions,
@@ -1981,13 +1991,13 @@ def train(config: Config) -> int:
                 log.truncate(min(log.tell(), saved["log_bytes"]))
         if not saved:  # so that a run can be resumed from its first moment on
             save_checkpoint(config, agent, replay, counters)
-        elif saved["path"].name == "previous.pt":  # in place of the damaged one
+        elif saved["path"].name == "previous.pt":  # the newest is damaged or missing
             rename(saved["path"], folder / "checkpoint.pt")
         del saved  # its weights are the agent's now
         try:
             number = training_loop(config, agent, envs, replay, counters)
         except (OSError, FloatingPointError, UsageError) as error:
-            sys.exit(f"dreamerv2.py: {error}; {folder / 'checkpoint.pt'} is good")
+            sys.exit(f"dreamerv2.py: {error}; the checkpoint in {folder} is good")
     print(f"{counters['step']:,} decisions, {agent.updates:,} gradient steps: {folder}")
     if not agent.updates:
         print(f"nothing was learned yet: --prefill-steps is {config.prefill_steps:,}")
@@ -1998,10 +2008,10 @@ def train(config: Config) -> int:
 
 
 def show(config: Config, saved: dict | None, what: str) -> int:
-    """--eval: scores of whole episodes, and one more as an animation. --dream: what the
-    model predicts. Into the current folder; the run's is only read."""
+    """--eval: scores of whole episodes, and an animation of one. --dream: what the
+    model predicts. Pictures come into the current folder; the run's is only read."""
     if not saved:
-        raise UsageError(f"there is no checkpoint in {config.logdir}: train first")
+        raise UsageError(f"no checkpoint in {config.logdir}: train first, or --logdir")
     game = make_game(config, 1, SHOW, saved["counters"]["step"])
     with contextlib.closing(game) as envs:
         agent = new_agent(config, envs)
@@ -2012,7 +2022,7 @@ def show(config: Config, saved: dict | None, what: str) -> int:
                   f" {np.median(score):.2f}, standard deviation {score.std():.2f},"
                   f" mean length {length.mean():.1f} decisions")
         frames = dict(eval=draw_play, dream=draw_dream)[what](agent, envs)
-    path = Path("-".join(re.findall(r"[\w.]*\w", config.logdir)) + f"-{what}.png")
+    path = Path("-".join(re.findall(r"\w+", config.logdir)) + f"-{what}.png")
     path.write_bytes(to_png(frames))
     print(f"{path}: an animation of {len(frames)} frames")
     return 0
@@ -2023,7 +2033,7 @@ def pick_device(name: str) -> torch.device:
     auto = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.zeros((), device=auto if name == "auto" else name).device
-        NOISE[device.type]
+        RANDOM[device.type]
     except (RuntimeError, AssertionError, KeyError) as error:
         raise UsageError(f"--device {name}: {str(error).splitlines()[0]}") from None
     if device.type == "cuda":
@@ -2052,7 +2062,7 @@ def read_flags(argv: list[str]) -> dict:
         description="DreamerV2. Trains, or goes on with the run that its folder holds.")
     parser.error = error
     one = parser.add_mutually_exclusive_group()
-    for name, help in ("eval", "play with the trained agent"), ("dream", "draw one"):
+    for name, help in dict(eval="watch it play", dream="draw what it predicts").items():
         one.add_argument(
             flag(name), help=help, dest="show", action="store_const", const=name)
     part_1 = Path(__file__).read_text(encoding="utf-8").split("# %% Part 2")[0]
@@ -2094,7 +2104,7 @@ def parse_config(argv: list[str]) -> tuple[Config, dict | None]:
     name, why = given.get("preset", "auto"), "as asked"
     if name == "auto":
         given.pop("preset", None)
-        name, why = ("atari", ON_GPU) if on_gpu else ("small", ON_CPU)
+        name, why = ("atari", WHY_ATARI) if on_gpu else ("small", WHY_SMALL)
     preset = dict(preset=name) | read_flags(PRESETS[name].split())
     config = Config(**(preset | given))
     config.game = canonical_name(config.game)
@@ -2108,7 +2118,7 @@ def parse_config(argv: list[str]) -> tuple[Config, dict | None]:
         before = saved["config"]
         new = {k: f"{flag(k)} {v} (was {before[k]})" for k, v in given.items()
                if v != before[k] and k != "logdir"}
-        if refused := ", ".join(new[k] for k in new if k not in FREE):
+        if refused := ", ".join(new[k] for k in new if k not in MAY_CHANGE):
             raise UsageError(f"{refused}: choose another --logdir than {config.logdir}")
         config = Config(**(before | given | dict(logdir=config.logdir)))
         why = f"{saved['counters']['step']:,} decisions made in {config.logdir}"
@@ -2130,7 +2140,8 @@ def main(argv: list[str] | None = None) -> int:
         sys.path.append(os.getcwd())  # where your_module:YourGame-v0 may lie
     try:
         argv = sys.argv[1:] if argv is None else argv
-        what, (config, saved) = read_flags(argv).get("show"), parse_config(argv)
+        config, saved = parse_config(argv)
+        what = read_flags(argv).get("show")
         if what:
             return show(config, saved, what)
         del saved  # train reads it under the folder's lock
@@ -2143,7 +2154,7 @@ def main(argv: list[str] | None = None) -> int:
               file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\nended at once; training goes on from the last checkpoint")
+        print("\nended at once; a run goes on from its last checkpoint")
         return 128 + signal.SIGINT
 
 
