@@ -578,7 +578,15 @@ class ConvDecoder(nn.Module):
         weight, bias = self.net[0].weight.permute(0, 2, 3, 1), self.net[0].bias
         out = self.linear(feature).flatten(0, -2) @ weight.flatten(1)
         out = out.unflatten(-1, weight.shape[1:]).permute(0, 3, 1, 2)
-        out = self.net[1:](out + bias[:, None, None])
+        out = self.net[1:-1](out + bias[:, None, None])
+        # The last layer, of kernel 6 and stride 2, uses every other row and column of
+        # its kernel for an output pixel: four kernels of 3×3, whose outputs interleave.
+        # As one convolution that takes less than half of the time on a CPU.
+        weight, bias = self.net[-1].weight, self.net[-1].bias
+        weight = weight.unflatten(3, (3, 2)).unflatten(2, (3, 2)).flip(2, 4)
+        weight = weight.permute(1, 3, 5, 0, 2, 4).flatten(0, 2)  # (4·C, depth, 3, 3)
+        out = F.pixel_shuffle(F.conv2d(out, weight, padding=2), 2)
+        out = out + bias[:, None, None]
         return out.reshape(*feature.shape[:-1], *out.shape[1:]).float()
 
 

@@ -1975,7 +1975,7 @@ class Launches(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("precision, rho, most", [
-    ("fp32", 1.0, 4680), ("fp32", 0.9, 5726), ("bf16", 1.0, 4989), ("bf16", 0.9, 6140)])
+    ("fp32", 1.0, 4688), ("fp32", 0.9, 5734), ("bf16", 1.0, 4994), ("bf16", 0.9, 6145)])
 def test_operations_of_a_gradient_step(precision, rho, most):
     """With the paper's T, H and layers; other sizes do not matter. A change that exceeds the
     bound makes a step slower where Python launches the kernels. -s prints what they are."""
@@ -2002,7 +2002,7 @@ def hand_count(c, num_actions):
 
     first = 31 * 31 * 16 * depth  # the image needs no gradient
     encoder = (14 * 14 * 16 * 2 + 6 * 6 * 16 * 8 + 2 * 2 * 16 * 32) * depth ** 2
-    decoder = (S + D) * E + E * 25 * 4 * depth + 30 * 30 * 36 * depth + (
+    decoder = (S + D) * E + E * 25 * 4 * depth + 32 * 32 * 36 * depth + (
         5 * 5 * 25 * 8 + 13 * 13 * 36 * 2) * depth ** 2
     inputs, cell, head = num_actions * U, (U + D) * 3 * D, D * U + U * S  # prior, posterior
     model = N * (2 * first + 2 * inputs + 3 * (
@@ -2012,7 +2012,7 @@ def hand_count(c, num_actions):
     return 2 * (model + dream + behaviour)
 
 
-@pytest.mark.parametrize("preset, tera", [("atari", 2.37), ("small", 0.0103)])
+@pytest.mark.parametrize("preset, tera", [("atari", 2.375), ("small", 0.01037)])
 def test_arithmetic_of_a_step_is_the_hand_count(preset, tera, meta_agent):
     """torch's own counter against the hand: nothing is computed twice or for nothing."""
     config = d.Config(**d.read_flags(d.PRESETS[preset].split()))
@@ -2381,7 +2381,7 @@ def test_learns_catch(tmp_path):
 
 # --------------------------------------------------------------------- the file itself
 
-LIMIT, CODE, LONGEST, WIDTH = 2162, 1206, 45, 88  # lines, of code, of a function; columns
+LIMIT, CODE, LONGEST, WIDTH = 2170, 1210, 45, 88  # lines, of code, of a function; columns
 README = HERE / "README.md"
 OPTIONS = {d.flag(field.name) for field in dataclasses.fields(d.Config)}
 
