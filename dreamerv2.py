@@ -1760,7 +1760,8 @@ START = dict(step=0, frames=0, updates=0, episodes=0, wall_time_s=0.0)  # a run'
 TRAIN, EVALUATE, SHOW = range(3)  # what a game is made for, part of its seed
 RANDOM = dict(cpu=torch, cuda=torch.cuda, mps=torch.mps)  # each has an rng_state
 WHY_ATARI = "the paper's, for a CUDA GPU; --preset small is for a CPU"
-WHY_SMALL = "for a CPU; the paper's, --preset atari, needs 15 s or more a step on it"
+WHY_SMALL = """for a CPU, where Catch is learned in minutes; Breakout needs tens of
+    millions of frames and the paper's --preset atari, 15 s or more a step on a CPU"""
 # A resumed run may change these, because they say how it is run, not what it learns.
 MAY_CHANGE = """device precision cuda_graphs steps log_every_steps eval_every_steps
     eval_episodes checkpoint_minutes logdir""".split()
@@ -2137,7 +2138,7 @@ def parse_config(argv: list[str]) -> tuple[Config, dict | None]:
         config = Config(**(before | given | dict(logdir=config.logdir)))
         why = f"{saved['counters']['step']:,} decisions made in {config.logdir}"
         why = ", ".join([why, *new.values()])
-    print(f"preset {config.preset}: {why}")
+    print(f"preset {config.preset}:", *why.split())
     check(config)
     idle = {"sticky", "max_noops", "full_action_space", "action_repeat"} & set(given)
     if idle and config.game not in atari_roms().values():
