@@ -1552,10 +1552,6 @@ def test_a_run_with_continuous_actions(tmp_path, capsys):
     assert lines(tmp_path)[-1]["frames"] == 248 and run("--logdir", tmp_path, "--eval") == 0
 
 
-SHORTER = """--preset small --seq-len 8 --horizon 6 --steps-per-update 2 --actor-lr 1e-3
-    --entropy-scale 3e-2 --return-scale 0 --log-every-steps 500 --eval-every-steps 5000"""
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("before, after, flags", [
     (-3, -1.3, "--game tests/Dot-v0 --action-repeat 1 --no-reward-tanh --no-discount-head"
@@ -1563,7 +1559,7 @@ SHORTER = """--preset small --seq-len 8 --horizon 6 --steps-per-update 2 --actor
     (-0.5, 0.0, "--game Catch --no-discrete-latents --steps 20000")])
 def test_continuous_actions_and_gaussian_latents_learn(before, after, flags, tmp_path):
     """To move a dot: -4.1 at random, -0.2 going straight there. Catch: -0.75 at random."""
-    assert run(*SHORTER.split(), *flags.split(), "--logdir", tmp_path) == 0
+    assert run("--preset", "small", *flags.split(), "--logdir", tmp_path) == 0
     scores = [row["episode_return"] for row in lines(tmp_path)]
     assert scores[0] < before and np.mean(scores[-2:]) > after
 
@@ -2016,7 +2012,7 @@ def hand_count(c, num_actions):
     return 2 * (model + dream + behaviour)
 
 
-@pytest.mark.parametrize("preset, tera", [("atari", 2.375), ("small", 0.01037)])
+@pytest.mark.parametrize("preset, tera", [("atari", 2.375), ("small", 0.003456)])
 def test_arithmetic_of_a_step_is_the_hand_count(preset, tera, meta_agent):
     """torch's own counter against the hand: nothing is computed twice or for nothing."""
     config = d.Config(**d.read_flags(d.PRESETS[preset].split()))
@@ -2385,7 +2381,7 @@ def test_learns_catch(tmp_path):
 
 # --------------------------------------------------------------------- the file itself
 
-LIMIT, CODE, LONGEST, WIDTH = 2178, 1211, 45, 88  # lines, of code, of a function; columns
+LIMIT, CODE, LONGEST, WIDTH = 2176, 1211, 45, 88  # lines, of code, of a function; columns
 README = HERE / "README.md"
 OPTIONS = {d.flag(field.name) for field in dataclasses.fields(d.Config)}
 
