@@ -1629,9 +1629,9 @@ class Metrics:
         values = torch.stack([v.float() for v in metrics.values()])
         self.names, self.count = list(metrics), self.count + 1
         self.sums = self.sums + values
-        if not values.isfinite().all():
-            found = zip(self.names, values.isfinite().tolist())
-            bad = ", ".join(name for name, finite in found if not finite)
+        finite = values.isfinite()
+        if not finite.all():
+            bad = ", ".join(k for k, ok in zip(self.names, finite.tolist()) if not ok)
             raise FloatingPointError(f"not finite: {bad}")
 
     def write(self, **totals) -> dict:
@@ -1759,8 +1759,8 @@ START = dict(step=0, frames=0, updates=0, episodes=0, wall_time_s=0.0)  # a run'
 TRAIN, EVALUATE, SHOW = range(3)  # what a game is made for, part of its seed
 RANDOM = dict(cpu=torch, cuda=torch.cuda, mps=torch.mps)  # each has an rng_state
 WHY_ATARI = "the paper's, for a CUDA GPU; --preset small is for a CPU"
-WHY_SMALL = """for a CPU, where Catch is learned in minutes; Breakout needs tens of
-    millions of frames and the paper's --preset atari, 15 s or more a step on a CPU"""
+WHY_SMALL = ("for a CPU, where Catch is learned in minutes; Breakout needs tens of"
+             " millions of frames and --preset atari, the paper's, 15 s or more a step")
 # A resumed run may change these, because they say how it is run, not what it learns.
 MAY_CHANGE = """device precision cuda_graphs steps log_every_steps eval_every_steps
     eval_episodes checkpoint_minutes logdir""".split()
@@ -2137,7 +2137,7 @@ def parse_config(argv: list[str]) -> tuple[Config, dict | None]:
         config = Config(**(before | given | dict(logdir=config.logdir)))
         why = f"{saved['counters']['step']:,} decisions made in {config.logdir}"
         why = ", ".join([why, *new.values()])
-    print(f"preset {config.preset}:", *why.split())
+    print(f"preset {config.preset}: {why}")
     check(config)
     idle = {"sticky", "max_noops", "full_action_space", "action_repeat"} & set(given)
     if idle and config.game not in atari_roms().values():
