@@ -109,7 +109,7 @@ that switches it or a test that holds it.
 
 COST at the paper's size: 22.2M parameters, 12.5M gradient steps of 2.37 TFLOP, a replay
 of 8.35 GB; the authors' V100 took under 10 days. Two CPU cores need 15 to 21 s a step,
-or 0.14 s with --preset small. HEALTHY: image_loss sinks towards 3764 (no error at all),
+or 0.16 s with --preset small. HEALTHY: image_loss sinks towards 3764 (no error at all),
 kl rises to some nats, actor_entropy sinks slowly from ln 18 = 2.89. Expect a flat score
 for the first 20M frames of Breakout; Boxing, Freeway and Pong move within 2M.
 NOT REPRODUCED: the paper's scores. Nothing was trained here at the paper's size; that
