@@ -1733,20 +1733,20 @@ def draw_dream(agent: Agent, envs: Envs, sequences: int = 12) -> np.ndarray:
 
 
 @torch.no_grad()
-def draw_play(agent: Agent, envs: Envs, longest: int = 200) -> np.ndarray:
-    """The last of an episode's first 600 steps as frames (T, 64, 2·64, 1 or 3): on the
-    left what the agent sees, on the right its state (h, z), decoded."""
-    row, memory, frames = envs.reset(), None, []
+def draw_play(agent: Agent, envs: Envs) -> np.ndarray:
+    """The last 200 of an episode's first 600 steps as frames (T, 64, 2·64, 1 or 3): on
+    the left what the agent sees, on the right its state (h, z), decoded."""
+    row, memory, images, features = envs.reset(), None, [], []
     for _ in range(600):
         action, memory = choose(agent, envs, row, memory, greedy=True)
-        feature = State(memory["h"], memory["z"], logits=None).feature
-        seen = agent.world_model.preprocess(torch.from_numpy(row.image))
-        says = agent.world_model.decoder(feature)
-        frames.append(np.concatenate([to_pixels(seen[0]), to_pixels(says[0])], axis=1))
+        images.append(row.image)
+        features.append(State(memory["h"], memory["z"], logits=None).feature)
         if envs.done.any():  # that was the episode's last image
             break
         row = envs.step(action)
-    return np.stack(frames[-longest:])
+    seen = agent.world_model.preprocess(torch.from_numpy(np.concatenate(images[-200:])))
+    says = agent.world_model.decoder(torch.cat(features[-200:]))
+    return np.concatenate([to_pixels(seen), to_pixels(says)], axis=2)
 
 
 # %% Part 12 | Running

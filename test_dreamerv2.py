@@ -2786,11 +2786,10 @@ def finished_run(path):
     step, frames, _ = done[-1] if done else (0, 0, None)
     if step < steps:
         raise ValueError(f"not finished: {step:,} of {steps:,} decisions")
-    late = [score for _, at, score in done
-            if score is not None and at > frames - min(1e6, frames / 10)]
+    curve = [(at, score) for _, at, score in done if score is not None]
+    late = [score for at, score in curve if at > frames - min(1e6, frames / 10)]
     if not late:
         raise ValueError("no episode ended in its last part")
-    curve = [(at, score) for _, at, score in done if score is not None]
     return config | dict(game=str(game)), frames, float(np.mean(late)), curve
 
 
@@ -2860,7 +2859,7 @@ def draw_curves(games):
             y = height(score)
             shapes += [f'<path d="M8 {y:.0f}H292" stroke="gray" stroke-dasharray="4"/>',
                        text(10, y - 3, 10, "gray", f"{name} {score:g}")]
-        for line, colour in zip(lines, 9 * ("#06c", "#c50", "#093")):
+        for line, colour in zip(lines, itertools.cycle(("#06c", "#c50", "#093"))):
             at = " ".join(f"{8 + 284 * x / last:.1f},{height(y):.1f}" for x, y in line)
             shapes.append(f'<polyline points="{at}" stroke="{colour}" stroke-width="2"/>')
         corner = f"translate({300 * (i % 3)} {200 * (i // 3)})"
