@@ -2073,7 +2073,7 @@ def read_flags(argv: list[str]) -> dict:
 
     parser = argparse.ArgumentParser(
         "dreamerv2.py", allow_abbrev=False, argument_default=argparse.SUPPRESS,
-        description="DreamerV2. Trains, or goes on with the run that its folder holds.")
+        description="DreamerV2. Trains or resumes. The defaults are preset atari's.")
     parser.error = error
     one = parser.add_mutually_exclusive_group()
     for name, help in dict(eval="watch it play", dream="draw what it predicts").items():
