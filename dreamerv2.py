@@ -1301,12 +1301,12 @@ class Replay:
             ("image", np.uint8, image_shape), ("action", np.float32, action_dim),
             ("reward", np.float32), ("is_first", bool), ("is_terminal", bool)])
         self.num_envs, self.length = num_envs, capacity // num_envs
-        # A kill may tear the row being written: one slot more exists than is sampled.
+        # The spare slot holds the row being written, which a kill may tear.
         self.slots = self.length + 1
         self.random = np.random.default_rng(seed)
         rows, written = Path(directory, "rows.npy"), Path(directory, "written.npy")
         try:
-            if not rows.exists():
+            if not rows.exists():  # made last: where it exists, both are whole
                 rows.parent.mkdir(parents=True, exist_ok=True)
                 np.save(written, np.zeros(1, np.int64))
                 make_file(rows, dtype, (num_envs, self.slots))
@@ -1356,7 +1356,7 @@ def make_file(path: Path, dtype: np.dtype, shape: tuple) -> None:
     new = path.with_suffix(".new")
     try:
         np.lib.format.open_memmap(new, "w+", dtype, shape)
-        if hasattr(os, "posix_fallocate"):  # a sparse file fails only when it is filled
+        if hasattr(os, "posix_fallocate"):  # else a disk that fills up kills by SIGBUS
             with open(new, "r+b") as file:
                 os.posix_fallocate(file.fileno(), 0, new.stat().st_size)
         os.replace(new, path)
@@ -1444,8 +1444,8 @@ def plain_game(env: gymnasium.Env, action_repeat: int, time_limit: int):
         env = wrap.TransformAction(env, rescale, Box(-1, 1, low.shape, np.float32))
         env = wrap.RepeatAction(env, action_repeat)
     else:
-        raise ValueError("actions must be Discrete, or a bounded flat Box of fractions,"
-                         f" not {actions}")
+        raise ValueError("actions must be Discrete, or a bounded Box of one axis of"
+                         f" floats, not {actions}")
     return wrap.TimeLimit(env, time_limit)
 
 
@@ -1495,7 +1495,7 @@ class Envs:
     def step(self, action: np.ndarray) -> Row:
         """Play actions (N, A), one-hot or in [-1, 1]: the row that they led to."""
         action = np.asarray(action, np.float32)
-        # ale-py hangs on an action that it does not know, deaf to Ctrl-C.
+        # ale-py hangs, deaf to Ctrl-C, on an unknown action; of this width, none is.
         expected = (self.num_envs, self.num_actions)
         assert action.shape == expected, "actions must be (N, A)"
         chosen = action if self.continuous else action.argmax(-1)
@@ -1550,7 +1550,7 @@ def make_envs(game: str, num_envs: int = 1, seed: int = 0, *, action_repeat: int
         with blame(game):
             return Envs(AtariVectorEnv(
                 name, num_envs, img_height=64, img_width=64, stack_num=1,
-                frameskip=action_repeat, noop_max=max_noops + 1,  # it counts to 1 less
+                frameskip=action_repeat, noop_max=max_noops + 1,  # of 0 to noop_max - 1
                 repeat_action_probability=sticky, full_action_space=full_action_space,
                 max_num_frames_per_episode=time_limit * action_repeat,
                 reward_clipping=False, use_fire_reset=False), game, seed, action_repeat)
@@ -1564,7 +1564,7 @@ def make_envs(game: str, num_envs: int = 1, seed: int = 0, *, action_repeat: int
 
         with blame(game):
             vector_env = gymnasium.vector.SyncVectorEnv([make_one] * num_envs)
-        made.pop_all()
+        made.pop_all()  # all were made: none is closed here
     boxed = isinstance(vector_env.single_action_space, gymnasium.spaces.Box)
     return Envs(vector_env, game, seed, action_repeat if boxed else 1)
 
@@ -1601,9 +1601,9 @@ def evaluate(agent: Agent, envs: Envs, episodes: int) -> np.ndarray:
 
 
 class Metrics:
-    """Means over a log period, one JSON object a line; the first line's rates count the
-    prefill in. Where TensorBoard is installed, it gets the same numbers. `totals` are
-    running counts, with at least step, updates and frames.
+    """Averages what is added over a log period, and appends one JSON object a line to
+    metrics.jsonl; TensorBoard, where installed, gets the same. The first line's rates
+    include the prefill. `totals` are running counts, at least step, updates and frames.
     >>> import tempfile
     >>> folder = tempfile.TemporaryDirectory()
     >>> metrics = Metrics(folder.name, step=0, updates=0, frames=0)
@@ -1635,13 +1635,14 @@ class Metrics:
             raise FloatingPointError(f"not finite: {bad}")
 
     def write(self, **totals) -> dict:
-        """Append totals, and rates and means since the last line (null: no episode)."""
+        """Append totals, and rates and means since the last line (null: none ended)."""
         seconds, line = max(time.time() - self.began, 1e-9), dict(totals)
         for name in ("updates", "frames"):
             line[f"{name}_per_s"] = (totals[name] - self.before[name]) / seconds
         means = np.mean(self.episodes, 0).tolist() if self.episodes else (None, None)
         line |= dict(zip(("episode_return", "episode_length"), means))
-        line |= dict(zip(self.names, (self.sums / self.count).tolist()))
+        if self.count:  # 0 where an evaluation follows the last line at once
+            line |= dict(zip(self.names, (self.sums / self.count).tolist()))
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         if self.board:
@@ -1677,10 +1678,8 @@ def to_png(frames: np.ndarray, milliseconds: int = 100) -> bytes:
         if count > 1:
             timing = (max(0, 2 * i - 1), width, height, 0, 0, milliseconds, 1000, 0, 0)
             chunks.append(chunk(b"fcTL", struct.pack(">IIIIIHHBB", *timing)))
-        if i == 0:
-            chunks.append(chunk(b"IDAT", data))
-        else:
-            chunks.append(chunk(b"fdAT", struct.pack(">I", 2 * i) + data))
+        number = struct.pack(">I", 2 * i) if i else b""  # fcTL, fdAT share one count
+        chunks.append(chunk(b"fdAT" if i else b"IDAT", number + data))
     return b"".join(chunks) + chunk(b"IEND", b"")
 
 
@@ -1720,14 +1719,15 @@ def draw_dream(agent: Agent, envs: Envs, sequences: int = 12) -> np.ndarray:
         action, memory = choose(agent, envs, row, memory)
         row = envs.step(action)
     batch = {}
-    for name, values in zip(Row._fields, map(np.concatenate, zip(*rows))):
+    for name, values in zip(Row._fields, zip(*rows)):
+        values = np.concatenate(values)  # (50·sequences, ...)
         batch[name] = values.reshape(sequences, 50, *values.shape[1:]).swapaxes(0, 1)
     change = np.abs(np.diff(batch["image"].astype(int), axis=0)).mean((0, 2, 3, 4))
     batch = {name: x[:, change.argsort()[-4:]] for name, x in batch.items()}
     batch["is_first"][0] = True
+    # (kind, T, B, row, column, C): kinds come one above the other, B side by side.
     pixels = to_pixels(open_loop(agent, upload(batch, agent.device), context=5))
-    film = np.concatenate(list(pixels), axis=2)  # (T, B, 3·64, 64, 1 or 3)
-    film = np.concatenate(list(film.swapaxes(0, 1)), axis=2)
+    film = pixels.transpose(1, 0, 3, 2, 4, 5).reshape(50, 3 * 64, 4 * 64, -1)
     film[:5, :2] = 255
     return film
 
@@ -1763,7 +1763,7 @@ WHY_SMALL = ("for a CPU: Catch takes minutes, KungFuMaster an hour; Breakout nee
              " of millions of frames and --preset atari, the paper's, 15 s a step")
 # A resumed run may change these, because they say how it is run, not what it learns.
 MAY_CHANGE = """device precision cuda_graphs steps log_every_steps eval_every_steps
-    eval_episodes checkpoint_minutes logdir""".split()
+    eval_episodes checkpoint_minutes""".split()
 
 
 def training_loop(config: Config, agent: Agent, envs: Envs, replay: Replay, counters):
@@ -1776,7 +1776,7 @@ def training_loop(config: Config, agent: Agent, envs: Envs, replay: Replay, coun
     metrics = Metrics(config.logdir, **counters)
     began = time.time() - counters["wall_time_s"]
     row, memory, scores = envs.reset(), None, {}
-    saved_at, ending = time.time(), False
+    saved_at, ending = time.monotonic(), False
     replay.add(*row)
     warn_of_dim_images(row.image)
     with stop_signals() as signals, progress_bar(config, counters["step"]) as bar:
@@ -1808,20 +1808,20 @@ def training_loop(config: Config, agent: Agent, envs: Envs, replay: Replay, coun
             if agent.updates and config.eval_episodes and due(config.eval_every_steps):
                 save_checkpoint(config, agent, replay, counters)
                 scores = look(config, agent, step)
-                saved_at = 0.0  # once more, with its scores in the log
+                saved_at = -math.inf  # once more, with its scores in the log
 
             # Log.
             ending = bool(signals) or step >= config.steps
-            if metrics.count and (scores or ending or due(config.log_every_steps)):
+            if scores or metrics.count and (ending or due(config.log_every_steps)):
                 line, scores = metrics.write(**counters, **scores), {}
                 shown = ("frames", "episode_return", "updates_per_s")
                 bar.set_postfix({name: line[name] for name in shown}, refresh=False)
 
             # Save.
-            if ending or time.time() - saved_at >= 60 * config.checkpoint_minutes:
+            if ending or time.monotonic() - saved_at >= 60 * config.checkpoint_minutes:
                 save_checkpoint(config, agent, replay, counters)
-                saved_at = time.time()
-    return signals[0] if signals else None
+                saved_at = time.monotonic()
+    return signals[0] if signals and step < config.steps else None
 
 
 @contextlib.contextmanager
@@ -1846,8 +1846,8 @@ def stop_signals():
 
 
 def progress_bar(config: Config, done: int) -> tqdm:
-    """A progress bar; where stderr is a file, which it would fill, a line a minute."""
-    plain = dict(mininterval=60, bar_format="{desc}{n_fmt}/{total_fmt} {postfix}\n")
+    """A bar; where standard error is a file, which it would fill, a line a minute."""
+    plain = dict(mininterval=60, bar_format="{desc}{n_fmt}/{total_fmt}{postfix}\n")
     style = {} if sys.stderr.isatty() else plain
     return tqdm(total=config.steps, initial=done, unit="step", miniters=1, **style)
 
@@ -1856,7 +1856,7 @@ def warn_of_dim_images(images: np.ndarray) -> None:
     """The squared errors of near-black images vanish beside a model's other losses."""
     if images.max() < 64:
         print(f"warning: the first images are dim, brightest {images.max()} of 255,"
-              f" deviation {images.std():.1f}; draw codes as colours, in a wrapper")
+              f" deviation {images.std():.1f}; draw what are codes, in a wrapper")
 
 
 def look(config: Config, agent: Agent, steps: int) -> dict:
@@ -1880,8 +1880,8 @@ def save_checkpoint(config: Config, agent: Agent, replay: Replay, counters) -> N
     It is written beside the old one, which becomes previous.pt, and renamed last: there
     is always a whole one."""
     folder, device, data = Path(config.logdir), agent.device.type, io.BytesIO()
-    log_bytes = (folder / "metrics.jsonl").stat().st_size
-    torch.save(dict(
+    log_bytes = (folder / "metrics.jsonl").stat().st_size  # where resuming cuts it
+    torch.save(dict(  # into memory, for on a full disk it raises a RuntimeError
         config=vars(config), counters=counters, log_bytes=log_bytes,
         agent=agent.state_dict(), noise={device: RANDOM[device].get_rng_state()},
         adam={k: o.adam.state_dict()["state"] for k, o in agent.optimizers.items()},
@@ -1900,14 +1900,12 @@ def save_checkpoint(config: Config, agent: Agent, replay: Replay, counters) -> N
 
 
 def rename(old: Path, new: Path) -> None:
-    """os.replace, which fails on Windows while somebody reads the file for a moment."""
-    for seconds in (0.1, 0.5, 1, 2, 0):
-        try:
+    """os.replace, tried again, because Windows refuses it while the file is read."""
+    for seconds in (0.1, 0.5, 1, 2):
+        with contextlib.suppress(PermissionError):
             return os.replace(old, new)
-        except PermissionError:
-            if not seconds:
-                raise
-            time.sleep(seconds)
+        time.sleep(seconds)
+    os.replace(old, new)
 
 
 def read_checkpoint(folder: str) -> dict | None:
@@ -1969,7 +1967,7 @@ def resume(agent: Agent, replay: Replay, saved: dict) -> None:
     agent.load_state_dict(saved["agent"])
     agent.updates = saved["counters"]["updates"]
     for name, optimizer in agent.optimizers.items():
-        settings = optimizer.adam.state_dict()  # lr, eps, fused: of this device
+        settings = optimizer.adam.state_dict()  # lr, eps, fused: as made for this run
         optimizer.adam.load_state_dict(settings | dict(state=saved["adam"][name]))
     replay.random.bit_generator.state = saved["sampling"]
     if agent.device.type in saved["noise"]:  # not where another device made it
@@ -2005,7 +2003,7 @@ def train(config: Config) -> int:
                 log.truncate(min(log.tell(), saved["log_bytes"]))
         if not saved:  # so that a run can be resumed from its first moment on
             save_checkpoint(config, agent, replay, counters)
-        elif saved["path"].name == "previous.pt":  # the newest is damaged or missing
+        elif saved["path"].name == "previous.pt":  # else the next save would drop it
             rename(saved["path"], folder / "checkpoint.pt")
         del saved  # its weights are the agent's now
         try:
@@ -2029,7 +2027,10 @@ def show(config: Config, saved: dict | None, what: str) -> int:
     game = make_game(config, 1, SHOW, saved["counters"]["step"])
     with contextlib.closing(game) as envs:
         agent = new_agent(config, envs)
-        agent.load_state_dict(saved["agent"])
+        try:
+            agent.load_state_dict(saved["agent"])
+        except RuntimeError:  # sizes differ: somebody's own game has changed
+            raise UsageError(f"{saved['path']} is of other actions or images") from None
         if what == "eval":
             score, length = evaluate(agent, envs, max(1, config.eval_episodes)).T
             print(f"episodes: {len(score)}, mean score {score.mean():.2f}, median"
@@ -2047,7 +2048,7 @@ def pick_device(name: str) -> torch.device:
     auto = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.zeros((), device=auto if name == "auto" else name).device
-        RANDOM[device.type]
+        RANDOM[device.type]  # KeyError: a kind whose random state could not be saved
     except (RuntimeError, AssertionError, KeyError) as error:
         raise UsageError(f"--device {name}: {str(error).splitlines()[0]}") from None
     if device.type == "cuda":
@@ -2064,7 +2065,7 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def read_flags(argv: list[str]) -> dict:
+def read_flags(argv: list[str] | None) -> dict:
     """The settings that flags give; `show` is what --eval or --dream asks for. There is
     one flag for each field of Config; its help is the comment beside it."""
 
@@ -2097,9 +2098,9 @@ def check(config: Config) -> None:
     """UsageError names the first flag whose value is out of range."""
     rows = config.num_envs * config.seq_len  # a sequence of each environment
     least = dict(prefill_steps=rows, replay_capacity=rows, num_classes=2)
-    least |= dict(horizon=1 + config.shifted_advantage)
+    least |= dict(horizon=1 + config.shifted_advantage)  # which drops a state
     least |= dict.fromkeys(("seed", "max_noops", "anneal_steps", "eval_episodes"), 0)
-    least |= dict.fromkeys(("model_lr", "actor_lr", "critic_lr"), 1e-12)
+    least |= dict.fromkeys(("model_lr", "actor_lr", "critic_lr", "adam_eps"), 1e-12)
     shares = """sticky gamma return_lambda kl_balance reinforce_mix reinforce_mix_end
         unimix weight_decay""".split()
     for name, value in vars(config).items():
@@ -2110,7 +2111,7 @@ def check(config: Config) -> None:
                 raise UsageError(f"{flag(name)} {value}: must be from {low} to {high}")
 
 
-def parse_config(argv: list[str]) -> tuple[Config, dict | None]:
+def parse_config(argv: list[str] | None) -> tuple[Config, dict | None]:
     """Command line -> checked Config, and the checkpoint of its folder. Flags go over
     the settings of that checkpoint or, in a new run, over the preset's."""
     given = {k: v for k, v in read_flags(argv).items() if k != "show"}
@@ -2141,7 +2142,7 @@ def parse_config(argv: list[str]) -> tuple[Config, dict | None]:
     check(config)
     idle = {"sticky", "max_noops", "full_action_space", "action_repeat"} & set(given)
     if idle and config.game not in atari_roms().values():
-        print(*map(flag, sorted(idle)), "act on Atari only (--action-repeat: and Box)")
+        print(*map(flag, sorted(idle)), "act on Atari only (--action-repeat: or a Box)")
     return config, saved
 
 
@@ -2153,7 +2154,6 @@ def main(argv: list[str] | None = None) -> int:
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # where your_module:YourGame-v0 may lie
     try:
-        argv = sys.argv[1:] if argv is None else argv
         config, saved = parse_config(argv)
         if what := read_flags(argv).get("show"):
             return show(config, saved, what)
@@ -2162,9 +2162,10 @@ def main(argv: list[str] | None = None) -> int:
     except (UsageError, OSError, ImportError) as error:  # OSError: disk or folder
         print("dreamerv2.py:", *str(error).split(), file=sys.stderr)
         return 2
-    except torch.OutOfMemoryError:
-        print("dreamerv2.py: out of GPU memory: try a smaller --batch-size",
-              file=sys.stderr)
+    except (RuntimeError, MemoryError) as error:  # of torch, of numpy
+        if "alloc" not in str(error):
+            raise
+        print("dreamerv2.py: out of memory: lower --batch-size", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\nended at once; a run goes on from its last checkpoint")

@@ -1388,6 +1388,13 @@ def test_a_run_says_what_it_cannot_learn_from(bright, steps, tmp_path, capsys):
     assert ("nothing was learned yet: --prefill-steps is 20" in out) == (steps < 24)
 
 
+def test_a_game_whose_actions_changed_shows_nothing(tmp_path, capsys):
+    for n, extra, status in (3, ("--steps", 24), 0), (4, ("--eval",), 2):
+        with toy_game(action_space=Discrete(n)) as game:
+            assert run("--game", game, *QUICK, "--logdir", tmp_path, *extra) == status
+    assert "checkpoint.pt is of other actions or images" in capsys.readouterr().err
+
+
 @pytest.fixture
 def in_step(monkeypatch):
     """in_step(count, function): Catch calls function in its count-th step from here on."""
@@ -1410,6 +1417,14 @@ def test_ctrl_c_and_sigterm_lose_nothing(number, step, saved, tmp_path, in_step,
     assert found["step"] == line["step"] == saved and ("eval_return" in line) == (step > 40)
     assert found["updates"] == line["updates"] == (saved - 20) // 4
     assert run(*flags, "--steps", 48) == 0 and lines(tmp_path)[-1]["updates"] == 7
+
+
+def test_the_last_evaluation_is_logged_and_no_signal_undoes_it(tmp_path, in_step):
+    """Although no gradient step came since the line before. The run is then complete."""
+    in_step(35, lambda: signal.raise_signal(signal.SIGTERM))
+    assert run(*CATCH, "--logdir", tmp_path, "--log-every-steps", 32, "--steps", 34) == 0
+    assert [(x["step"], "eval_return" in x, "kl" in x) for x in lines(tmp_path)] == [
+        (32, False, True), (34, True, False)]
 
 
 HANG = mock.Mock(side_effect=lambda: (  # and the second signal ends it
@@ -1874,7 +1889,7 @@ def test_a_number_that_is_not_finite_stops_the_run(name, module, short_run, caps
 def test_checkpoints_come_by_the_clock(minutes, expected, tmp_path, monkeypatch):
     """By one that goes on by a second when it is read, some times a decision."""
     saves, real = [], d.save_checkpoint
-    monkeypatch.setattr(d.time, "time", itertools.count().__next__)
+    monkeypatch.setattr(d.time, "monotonic", itertools.count().__next__)
     monkeypatch.setattr(d, "save_checkpoint", lambda config, agent, replay, counters: (
         saves.append(counters["step"]), real(config, agent, replay, counters)))
     assert run(*CATCH, "--logdir", tmp_path, "--prefill-steps", 200, "--steps", 100,
@@ -2119,11 +2134,16 @@ def test_weights_lie_channels_last_but_on_apples_gpus(device, order, monkeypatch
     assert d.Agent.to.call_args == mock.call(torch.device(device), memory_format=order)
 
 
-def test_out_of_gpu_memory_is_one_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(d.Agent, "train_step", mock.Mock(side_effect=torch.OutOfMemoryError))
-    assert run(*CATCH, "--logdir", tmp_path, "--steps", 24) == 1
-    assert "out of GPU memory: try a smaller --batch-size" in capsys.readouterr().err
-    assert counters(tmp_path)["step"] == 0
+@pytest.mark.parametrize("error, too_large", [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), ()),
+    (MemoryError("Unable to allocate 7.28 TiB for an array"), ()),
+    (None, ("--deter-size", 10**8))])  # 120 PB
+def test_out_of_memory_is_one_line(error, too_large, tmp_path, monkeypatch, capsys):
+    if error:
+        monkeypatch.setattr(d.Agent, "train_step", mock.Mock(side_effect=error))
+    assert run(*CATCH, "--logdir", tmp_path, "--steps", 24, *too_large) == 1
+    assert capsys.readouterr().err.endswith("dreamerv2.py: out of memory: lower --batch-size\n")
+    assert too_large or counters(tmp_path)["step"] == 0
 
 
 @on_gpu
