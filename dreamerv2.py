@@ -284,10 +284,10 @@ def straight_through_sample(logits: Tensor) -> Tensor:
     """One-hot sample that passes gradients as if it were the probabilities. [Alg. 1]
         sample = one_hot(draw(logits)),  probs = softmax(logits)
         return sample + probs - sg(probs)
-    logits (..., K) -> (..., K), exactly one-hot, with the softmax's gradient: biased,
-    but of little variance. Here: the draw is a race. Of K alarms that ring after random
-    times -ln(uniform) / probs, class k's is the first with probability probs[k]. Unlike
-    torch.multinomial, that needs no CPU-GPU synchronisation.
+    logits (..., K), float32 -> (..., K), exactly one-hot, with the softmax's gradient:
+    biased, but of little variance. Here: the draw is a race. Of K alarms that ring
+    after random times -ln(uniform) / probs, class k's is the first with probability
+    probs[k]. Unlike torch.multinomial, that needs no CPU-GPU synchronisation.
     >>> _ = torch.manual_seed(0)
     >>> logits = torch.tensor([0.0, math.log(3.0)], requires_grad=True)   # probs ¼, ¾
     >>> round(straight_through_sample(logits.expand(9000, 2))[:, 1].mean().item(), 2)
@@ -395,7 +395,7 @@ def gaussian_entropy(params: Tensor) -> Tensor:
 
 
 class OneHot:
-    """The policy over A discrete actions, one-hot, from the actor's logits (..., A)."""
+    """The policy over A discrete actions, one-hot, from finite logits (..., A)."""
 
     def __init__(self, logits: Tensor):
         self.logits = logits
@@ -734,10 +734,9 @@ class RSSM(nn.Module):
                 state: State | None = None) -> tuple[State, Tensor]:
         """A whole sequence with images: obs_step, T times.
         embeds (T, B, E), actions (T, B, A), is_first (T, B) bool -> posterior states
-        and prior logits over (T, B). `state` precedes step 0; None starts from zeros.
-        """
-        same = embeds.shape[:2] == actions.shape[:2] == is_first.shape
-        assert same, "embeds, actions and is_first must agree on (T, B)"
+        and prior logits over (T, B). `state` precedes step 0, if that is not is_first;
+        None starts from zeros."""
+        assert embeds.shape[:2] == actions.shape[:2] == is_first.shape, "(T, B) differ"
         state = self.initial(embeds.shape[1]) if state is None else state
         states = []
         # The products are small and run T times in turn. In bfloat16 they would need
@@ -878,9 +877,9 @@ def imagine(img_step, actor, start: State, horizon: int) -> tuple[Tensor, Tensor
         z[0] ──────► z[1] ──────► z[2] ── ... ──► z[H]       features[t] = [z[t], h[t]]
             actions[1]   actions[2]                          actions[t] led to state t
     img_step: (State, action) -> State, as RSSM.img_step; actor: features -> a policy
-    with rsample(), as OneHot; start: State over (N,). -> features (H+1, N, F), actions
-    (H+1, N, A). Nothing chose actions[0]: it is zero. Gradients of later states can
-    reach the actor through its samples; Reinforce calls this under torch.no_grad().
+    with rsample(), as OneHot; start: State over (N,), detached -> features (H+1, N, F),
+    actions (H+1, N, A). Nothing chose actions[0]: it is zero. Gradients of later states
+    can reach the actor through its samples; for Reinforce, torch.no_grad() is around.
     >>> def clock(state, action):                             # a world that only counts
     ...     return State(state.h + 1, state.z, state.logits)
     >>> start = State(torch.zeros(2, 1), torch.zeros(2, 1, 1), torch.zeros(2, 1, 1))
@@ -925,8 +924,8 @@ def lambda_return(reward: Tensor, value: Tensor, discount: Tensor,
     """λ-returns: a weighted mean of all n-step returns. [Eq. 4]
         V[t] = r[t] + γ[t] · ((1 - λ) · v(z[t+1]) + λ · V[t+1]),    V[H] = v(z[H])
     value (H+1, N); reward and discount (H, N), or (H+1, N) whose last entry is not used
-    -> returns (H, N), for t = 0 .. H-1. It bootstraps from the NEXT state's value: with
-    v(z[t]) in its place the critic would be trained towards itself.
+    -> returns (H, N). r[t] came on ARRIVING in z[t]; γ[t] is 0 if that ended the game.
+    It bootstraps from the NEXT value: from v(z[t]), the critic would chase itself.
     >>> r, v = torch.tensor([1.0, 2.0]), torch.tensor([8.0, 4.0, 2.0])
     >>> g = torch.tensor([0.5, 0.5])
     >>> lambda_return(r, v, g, 0.5).tolist()        # 1 + ½·(½·4 + ½·3),  2 + ½·2
@@ -936,6 +935,7 @@ def lambda_return(reward: Tensor, value: Tensor, discount: Tensor,
     >>> lambda_return(r, v, g, 1.0).tolist()        # all H steps:  1 + ½·3
     [2.5, 3.0]
     """
+    assert value.shape[1:] == reward.shape[1:] == discount.shape[1:], "N differs"
     returns, target = [], value[-1]
     for t in reversed(range(len(value) - 1)):
         future = (1 - lambda_) * value[t + 1] + lambda_ * target
@@ -947,13 +947,13 @@ def lambda_return(reward: Tensor, value: Tensor, discount: Tensor,
 def trajectory_weights(discount: Tensor) -> Tensor:
     """How much each imagined state counts: the chance to be there, discounted.
         w[t] = Π_{i < t} γ[i],    w[0] = 1
-    discount (H, N) -> weights (H, N). States after a predicted end of the episode
-    have a weight near zero, because the model was never trained on what comes after an
-    end. The first weight is 1, whatever γ[0] is: we ARE in the start state.
+    discount (H, N) -> weights (H, N), detached, or the actor would learn to move ends.
+    States after a predicted end have a weight near zero, because the model was never
+    trained on them. The first weight is 1, whatever γ[0] is: we ARE in the start state.
     >>> trajectory_weights(torch.tensor([0.5, 0.5, 0.0, 0.5])).tolist()
     [1.0, 0.5, 0.25, 0.0]
     """
-    return torch.cat([torch.ones_like(discount[:1]), discount[:-1]]).cumprod(0)
+    return torch.cat([torch.ones_like(discount[:1]), discount[:-1]]).cumprod(0).detach()
 
 
 def critic_loss(value: Tensor, returns: Tensor, weights: Tensor, bins=None):
@@ -991,10 +991,10 @@ def actor_loss(log_prob: Tensor, entropy: Tensor, returns: Tensor, baseline: Ten
         mean over t, n of  w[t] · ( - ρ · ln p(a_t | z[t]) · sg(V[t] - v(z[t]))
                                     - (1 - ρ) · V[t]
                                     - η · entropy(p(· | z[t])) )
-    log_prob (H, N): ln p of a_t, the action CHOSEN in state t; entropy (H, N) of the
-    policy there; returns, baseline, weights (H, N) -> loss (scalar), metrics. For ρ < 1
-    the returns must carry the actor's gradient. Subtracting v(z[t]), which knows
-    nothing of a_t, keeps the expected gradient and removes most of its variance.
+    log_prob (H, N): ln p of a_t, the action CHOSEN in state t: imagine's actions[t+1],
+    detached; entropy (H, N) of the policy there; returns, baseline, weights (H, N) ->
+    loss (scalar), metrics. For ρ < 1, returns carry the actor's gradient. Subtracting
+    v(z[t]), which knows nothing of a_t, keeps the mean gradient, at far less variance.
     >>> logits = torch.zeros(1, 2).requires_grad_()              # two equal actions
     >>> log_prob, ent = logits.log_softmax(-1)[:, 0], torch.zeros(1)  # chose the first
     >>> V, v, w = torch.tensor([3.0]), torch.tensor([1.0]), torch.ones(1)
@@ -1029,9 +1029,10 @@ def fields(source, names: str) -> dict:
 
 
 class Optimizer:
-    """Adam with global-norm clipping and decoupled decay, for the weights it is given.
+    """Adam with global-norm clipping and decoupled decay, for the weights of a module.
     Authors' code: clip the gradient, then w <- (1 - decay)·w, NOT times the learning
-    rate, then Adam. AdamW decays by lr·weight_decay, hence the division.
+    rate, then Adam. AdamW decays by lr·weight_decay, hence the division. Autograd does
+    not see a fused step: after it, use no graph that was made before.
     >>> layer = nn.Linear(1, 1)
     >>> _ = nn.init.ones_(layer.weight)
     >>> opt = Optimizer(layer, lr=0.5, eps=0.0, clip=100.0, decay=0.25)
@@ -1225,7 +1226,7 @@ class Agent(nn.Module):
                 discount = torch.full_like(discount, self.gamma)
             slow_value = head_mean(self.slow_critic(features))
             returns = lambda_return(reward, slow_value, discount, self.return_lambda)
-            weights = trajectory_weights(discount.detach())
+            weights = trajectory_weights(discount)
 
         # 3. Critic: predict the returns. [Eq. 5]  State H only bootstraps.
         shift = int(self.shifted_advantage)  # [D5]
@@ -1267,10 +1268,9 @@ class UsageError(Exception):
 
 
 class Row(NamedTuple):
-    """One moment of N environments, aligned as the header's TIME says: the action LED
-    to the image, and the reward came with it; on an episode's first row both are zero.
-    is_terminal means that the game ended. It is False where a time limit cut the
-    episode: its γ is kept."""
+    """One moment of N environments: the action LED to the image, and the reward came
+    with it; on an episode's first row both are zero. is_terminal: the game ended. It is
+    False where a time limit cut the episode, whose γ is kept."""
 
     image: np.ndarray  # (N, C, 64, 64) uint8
     action: np.ndarray  # (N, A) float32, one-hot or in [-1, 1]
@@ -1298,7 +1298,7 @@ class Replay:
     def __init__(self, directory, capacity: int, *, num_envs: int = 1,
                  image_shape=(1, 64, 64), action_dim: int = 18, seed: int = 0):
         dtype = np.dtype([
-            ("image", np.uint8, image_shape), ("action", np.float32, action_dim),
+            ("image", np.uint8, image_shape), ("action", np.float32, (action_dim,)),
             ("reward", np.float32), ("is_first", bool), ("is_terminal", bool)])
         self.num_envs, self.length = num_envs, capacity // num_envs
         # The spare slot holds the row being written, which a kill may tear.
@@ -1323,7 +1323,7 @@ class Replay:
         return min(int(self.written[0]), self.length) * self.num_envs
 
     def add(self, image, action, reward, is_first, is_terminal) -> None:
-        """Store one row of every environment; the arguments are the fields of Row."""
+        """Store one row of every environment: the fields of Row, in their shapes."""
         slot = int(self.written[0]) % self.slots
         for k, v in zip(Row._fields, (image, action, reward, is_first, is_terminal)):
             self.rows[k][:, slot] = v

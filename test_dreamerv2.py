@@ -658,10 +658,11 @@ def test_action_baseline_and_advantage_are_those_that_the_flags_name(slow, shift
 
 
 def test_true_start(monkeypatch):
-    """D13: after a terminal start no state counts, whatever the discount head guesses."""
+    """D13: after a terminal start no state counts, whatever is guessed. No weight learns."""
     agent, weights = tiny_agent(), watch(monkeypatch, "trajectory_weights")
     agent.train_step(random_batch() | dict(is_terminal=torch.ones(6, 3).bool()))
     assert (weights.output[0] == 1).all() and (weights.output[1:] == 0).all()
+    assert not d.trajectory_weights(torch.ones(2, 1, requires_grad=True)).requires_grad
 
 
 def test_free_nats_stop_the_kl_below_them():
@@ -1051,14 +1052,14 @@ def test_v3_starts_at_zero_and_rules_nothing_out(monkeypatch):
 
 # ---------------------------------------------------------------------------- replay
 
-TINY = dict(image_shape=(1, 2, 2), action_dim=2)
+TINY = dict(image_shape=(1, 2, 2), action_dim=1)  # old numpy would drop an axis of 1
 
 
 def counting_replay(folder, capacity, rows, num_envs=1, first=0, **kwargs):
     """Row t of environment e holds t everywhere, plus 1000·e in the reward."""
     replay = d.Replay(folder, capacity, num_envs=num_envs, **TINY | kwargs)
     for t in range(first, first + rows):
-        replay.add(np.full((num_envs, 1, 2, 2), t % 256), np.full((num_envs, 2), t),
+        replay.add(np.full((num_envs, 1, 2, 2), t % 256), np.full((num_envs, 1), t),
                    t + 1000.0 * np.arange(num_envs), np.full(num_envs, t % 5 == 0),
                    np.full(num_envs, t % 5 == 4))
     return replay
@@ -2429,9 +2430,8 @@ def test_flags_are_the_fields_of_config_in_every_text(capsys):
 
 
 def test_pieces_come_out_with_the_neighbours_that_the_readme_names():
-    """A row of its table: pieces, and neighbours, which bring their own. A piece, those and the
-    file's imports run alone, its doctest too; and it uses nothing else of the file. Pieces that
-    are not in the table have none."""
+    """A row of its table: pieces, and neighbours, which bring their own; other pieces have none.
+    A piece, those and the file's imports run alone, its doctest too, and need nothing else."""
     table = re.search(r"^## Copy.*?(?=^## )", README.read_text(encoding="utf-8"), re.S | re.M)[0]
     defined = {x.name: x for x in TREE.body if isinstance(x, (ast.FunctionDef, ast.ClassDef))}
     parts = re.search("# %% Part 2.*(?=# %% Part 8)", SOURCE, re.S)[0]
