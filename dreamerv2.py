@@ -166,7 +166,7 @@ class Config:
     """
     # Run
     game: str = "Breakout"  # Atari game, Catch, or any Gymnasium id with images
-    preset: str = "auto"  # auto (atari on CUDA, else small) or a name of PRESETS
+    preset: str = "auto"  # see PRESETS; auto: atari on CUDA, else small
     steps: int = 50_000_000  # decisions to play in all; paper: 50M = 200M frames
     logdir: str = ""  # folder of the run; empty: runs/GAME-PRESET-seedSEED
     seed: int = 0  # of weights, sampling and environments
@@ -1734,15 +1734,13 @@ def draw_dream(agent: Agent, envs: Envs, sequences: int = 12) -> np.ndarray:
 
 @torch.no_grad()
 def draw_play(agent: Agent, envs: Envs) -> np.ndarray:
-    """The last 200 of an episode's first 600 steps as frames (T, 64, 2·64, 1 or 3): on
+    """The last 200 of the first 600 steps of play as frames (200, 64, 2·64, 1 or 3): on
     the left what the agent sees, on the right its state (h, z), decoded."""
     row, memory, images, features = envs.reset(), None, [], []
     for _ in range(600):
         action, memory = choose(agent, envs, row, memory, greedy=True)
         images.append(row.image)
         features.append(State(memory["h"], memory["z"], logits=None).feature)
-        if envs.done.any():  # that was the episode's last image
-            break
         row = envs.step(action)
     seen = agent.world_model.preprocess(torch.from_numpy(np.concatenate(images[-200:])))
     says = agent.world_model.decoder(torch.cat(features[-200:]))
@@ -1759,8 +1757,8 @@ START = dict(step=0, frames=0, updates=0, episodes=0, wall_time_s=0.0)  # a run'
 TRAIN, EVALUATE, SHOW = range(3)  # what a game is made for, part of its seed
 RANDOM = dict(cpu=torch, cuda=torch.cuda, mps=torch.mps)  # each has an rng_state
 WHY_ATARI = "the paper's, for a CUDA GPU; --preset small is for a CPU"
-WHY_SMALL = ("for a CPU: Catch takes minutes, KungFuMaster an hour; Breakout needs tens"
-             " of millions of frames and --preset atari, the paper's, 15 s a step")
+WHY_SMALL = ("for a CPU, where Catch takes minutes and KungFuMaster an hour; Breakout"
+             " needs tens of millions of frames, on a GPU")
 # A resumed run may change these, because they say how it is run, not what it learns.
 MAY_CHANGE = """device precision cuda_graphs steps log_every_steps eval_every_steps
     eval_episodes checkpoint_minutes""".split()
@@ -1793,7 +1791,7 @@ def training_loop(config: Config, agent: Agent, envs: Envs, replay: Replay, coun
             counters.update(step=step, frames=step * envs.frames_per_step)
             counters["episodes"] += len(envs.ended)
             metrics.episodes += envs.ended
-            bar.set_description("training" if actor else "random play", refresh=False)
+            bar.set_description("" if actor else "random play", refresh=False)
             bar.update(step - before)
 
             # Learn. The decisions so far say how many gradient steps there should be.
@@ -1814,8 +1812,8 @@ def training_loop(config: Config, agent: Agent, envs: Envs, replay: Replay, coun
             ending = bool(signals) or step >= config.steps
             if scores or metrics.count and (ending or due(config.log_every_steps)):
                 line, scores = metrics.write(**counters, **scores), {}
-                shown = ("frames", "episode_return", "updates_per_s")
-                bar.set_postfix({name: line[name] for name in shown}, refresh=False)
+                if (score := line["episode_return"]) is not None:  # None: none ended
+                    bar.set_postfix_str(f"episode_return={score:.2f}", refresh=False)
 
             # Save.
             if ending or time.monotonic() - saved_at >= 60 * config.checkpoint_minutes:
@@ -1957,8 +1955,9 @@ def new_agent(config: Config, envs: Envs) -> Agent:
     torch.manual_seed(config.seed)
     device = pick_device(config.device)
     agent = Agent(config, envs.num_actions, envs.channels, device, envs.continuous)
-    print(f"{config.game}: {envs.num_actions} actions, {envs.frames_per_step} frames a"
-          f" decision; {agent.precision} on {device}, rho {agent.mix[0]:g}")
+    frames = f"{envs.frames_per_step} frame{'s' * (envs.frames_per_step > 1)}"
+    print(f"{config.game}: {envs.num_actions} actions, {frames} a decision;"
+          f" {agent.precision} on {device}, rho {agent.mix[0]:g}")
     return agent
 
 

@@ -2272,7 +2272,7 @@ def test_eval_and_dream_draw_and_leave_the_run_as_it_is(game, channels, capsys, 
     film, milliseconds = read_png("runs-one-dream.png")
     assert film.shape == (50, 3 * 3 * 64, 3 * 4 * 64, channels) and milliseconds == {100}
     seen, _ = read_png("runs-one-eval.png")
-    assert seen.shape == (41, 6 * 64, 6 * 2 * 64, channels)
+    assert seen.shape == (200, 6 * 64, 6 * 2 * 64, channels)
     if channels == 3:  # left half red, right half blue, in the truth of both
         for picture, scale in ((film, 3), (seen, 6)):
             assert (picture[-1, 9, [9, 40 * scale]] == [[207, 0, 0], [0, 0, 95]]).all()
