@@ -13,8 +13,8 @@ frames to predict images, rewards and episode ends. An actor and a critic then l
 from nothing but the sequences that this model imagines.
 
     python dreamerv2.py --game Breakout       # train; the same command resumes the run
-    python dreamerv2.py --game Catch --steps 12000   # learned in minutes on a CPU
-    python dreamerv2.py --game Catch --eval   # watch the agent of that run play
+    python dreamerv2.py --game Catch --preset small --steps 12000   # minutes on a CPU
+    python dreamerv2.py --game Catch --preset small --eval    # watch that agent play
     python -m doctest dreamerv2.py            # execute the examples of this file
 
 THE LOOP, with the paper's numbers. One gradient step is Agent.update_networks.
@@ -1256,7 +1256,7 @@ class Agent(nn.Module):
 
 
 # %% Part 9 | Replay
-# Everything that was played, kept on disk. The learner reads 2500 rows for every four
+# The last 2M rows that were played, on disk. The learner reads 2500 rows for every four
 # that are played, so over a run each row is used some 600 times.
 # In: one row of N environments at a time. Out: batches of sequences (T, B, ...).
 # Predict: seven rows are stored, the ring holds four: which sequences of 3 are there?
@@ -1331,9 +1331,9 @@ class Replay:
 
     def sample(self, batch_size: int, seq_len: int) -> dict[str, Tensor]:
         """Uniformly drawn sequences: a dict of Row's fields, time-major (T, B, ...).
-        In the file the newest row stands next to the oldest. So starts are drawn in the
-        order of age, and only then turned into slots: a sequence may go on into the
-        next episode [D8], never from the newest row to the oldest."""
+        A full ring goes on from the newest row, over the spare slot, to the oldest. So
+        starts are drawn in the order of age, and only then turned into slots: a
+        sequence may go on into the next episode [D8], never from newest to oldest."""
         written = int(self.written[0])
         oldest = max(0, written - self.length)
         if written - oldest < seq_len:
@@ -1341,9 +1341,8 @@ class Replay:
         start = self.random.integers(oldest, written - seq_len + 1, batch_size)
         env = self.random.integers(self.num_envs, size=batch_size)
         slots = (start + np.arange(seq_len)[:, None]) % self.slots  # (T, B)
-        batch = {}
-        for name in Row._fields:  # env (B,) is repeated for every row of slots (T, B)
-            batch[name] = torch.from_numpy(np.asarray(self.rows[name])[env, slots])
+        batch = {name: torch.from_numpy(np.asarray(self.rows[name])[env, slots])
+                 for name in Row._fields}  # env (B,) broadcasts against slots (T, B)
         # The state before row 0 is unknown, so row 0 is treated as an episode's first.
         # Without this line its action would act on a state it was not chosen in.
         batch["is_first"][0] = True
@@ -1458,15 +1457,15 @@ def blame(game: str):
         what = f"--game {game}: {type(error).__name__}: {error}"
         if isinstance(error, gymnasium.error.UnregisteredEnv):
             what += " (the id of a package's game is module:id, as in minigrid:...)"
-        raise UsageError(what) from error
+        raise UsageError(" ".join(what.split())) from error
 
 
 class Envs:
     """N copies of a game as rows, from a gymnasium vector environment that resets in
-    the step AFTER an episode's end (NEXT_STEP, the default): that step takes no action
-    and returns the next first image, a row with is_first that is no decision. `done`
-    says whose episode ended with the last row, `ended` what it brought, as (raw score,
-    decisions)."""
+    the step AFTER an episode's end (NEXT_STEP, the default): that step ignores the
+    action and returns the next episode's first image, a row with is_first, which is no
+    decision. `done` says whose episode ended with the last row, `ended` what it
+    brought, as (raw score, decisions)."""
 
     def __init__(self, vector_env, game: str, seed: int, action_repeat: int):
         actions = vector_env.single_action_space
@@ -1495,18 +1494,19 @@ class Envs:
     def step(self, action: np.ndarray) -> Row:
         """Play actions (N, A), one-hot or in [-1, 1]: the row that they led to."""
         action = np.asarray(action, np.float32)
-        # ale-py hangs, deaf to Ctrl-C, on an unknown action; of this width, none is.
+        # An action out of range hangs ale-py, Ctrl-C included; this width rules it out.
         expected = (self.num_envs, self.num_actions)
         assert action.shape == expected, "actions must be (N, A)"
         chosen = action if self.continuous else action.argmax(-1)
         with blame(self.game):
             images, reward, terminated, truncated, _ = self.vector_env.step(chosen)
+            reward = reward.astype(np.float32)  # which holds numbers up to 3e38
             if not np.isfinite(reward).all():
                 raise ValueError("a reward that is not finite")
         is_first, self.done = self.done, terminated | truncated
         # Without `played`, a first row would claim that the ignored action led to it.
         played = (~is_first).astype(np.float32)
-        action, reward = action * played[:, None], reward.astype(np.float32) * played
+        action, reward = action * played[:, None], reward * played
         self.totals += np.stack([reward, played], -1)
         self.ended = self.totals[self.done].tolist()
         self.totals[self.done] = 0
@@ -1618,7 +1618,7 @@ class Metrics:
         try:
             from torch.utils.tensorboard import SummaryWriter
 
-            # It hides what was logged after the checkpoint that the run goes on from.
+            # purge_step hides what was logged after the checkpoint that is resumed.
             self.board = SummaryWriter(folder, purge_step=totals["step"] + 1)
         except Exception:  # not installed, or broken
             self.board = None
@@ -1629,9 +1629,8 @@ class Metrics:
         values = torch.stack([v.float() for v in metrics.values()])
         self.names, self.count = list(metrics), self.count + 1
         self.sums = self.sums + values
-        finite = values.isfinite()
-        if not finite.all():
-            bad = ", ".join(k for k, ok in zip(self.names, finite.tolist()) if not ok)
+        if not values.isfinite().all():
+            bad = ", ".join(k for k, v in metrics.items() if not v.isfinite())
             raise FloatingPointError(f"not finite: {bad}")
 
     def write(self, **totals) -> dict:
@@ -1656,7 +1655,7 @@ class Metrics:
 
 
 def to_png(frames: np.ndarray, milliseconds: int = 100) -> bytes:
-    """Frames (T, H, W, 1 or 3) uint8 -> a PNG, animated where T > 1 (w3.org/TR/png-3).
+    """Frames (T, H, W, 1 or 3) uint8 -> an animated PNG (w3.org/TR/png-3).
     Pixels are enlarged to whole squares, so that the picture is about 800 wide."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
@@ -1668,16 +1667,14 @@ def to_png(frames: np.ndarray, milliseconds: int = 100) -> bytes:
     count, height, width, channels = frames.shape
     sizes = (width, height, 8, channels - 1, 0, 0, 0)  # 8 bits of gray (0) or RGB (2)
     chunks = [b"\x89PNG\r\n\x1a\n", chunk(b"IHDR", struct.pack(">IIBBBBB", *sizes))]
-    if count > 1:
-        chunks.append(chunk(b"acTL", struct.pack(">II", count, 0)))
+    chunks.append(chunk(b"acTL", struct.pack(">II", count, 0)))
     for i, frame in enumerate(frames):
         # Filter 2, named at the head of each line of pixels, stores the difference to
         # the line above: zeros, where pixels are enlarged.
         lines = np.diff(frame.reshape(height, -1), axis=0, prepend=np.uint8(0))
         data = zlib.compress(np.insert(lines, 0, 2, axis=1).tobytes())
-        if count > 1:
-            timing = (max(0, 2 * i - 1), width, height, 0, 0, milliseconds, 1000, 0, 0)
-            chunks.append(chunk(b"fcTL", struct.pack(">IIIIIHHBB", *timing)))
+        timing = (max(0, 2 * i - 1), width, height, 0, 0, milliseconds, 1000, 0, 0)
+        chunks.append(chunk(b"fcTL", struct.pack(">IIIIIHHBB", *timing)))
         number = struct.pack(">I", 2 * i) if i else b""  # fcTL, fdAT share one count
         chunks.append(chunk(b"fdAT" if i else b"IDAT", number + data))
     return b"".join(chunks) + chunk(b"IEND", b"")
@@ -1718,10 +1715,9 @@ def draw_dream(agent: Agent, envs: Envs, sequences: int = 12) -> np.ndarray:
         rows.append(row)
         action, memory = choose(agent, envs, row, memory)
         row = envs.step(action)
-    batch = {}
-    for name, values in zip(Row._fields, zip(*rows)):
-        values = np.concatenate(values)  # (50·sequences, ...)
-        batch[name] = values.reshape(sequences, 50, *values.shape[1:]).swapaxes(0, 1)
+    columns = (np.concatenate(values) for values in zip(*rows))  # (50·sequences, ...)
+    batch = {name: x.reshape(sequences, 50, *x.shape[1:]).swapaxes(0, 1)
+             for name, x in zip(Row._fields, columns)}
     change = np.abs(np.diff(batch["image"].astype(int), axis=0)).mean((0, 2, 3, 4))
     batch = {name: x[:, change.argsort()[-4:]] for name, x in batch.items()}
     batch["is_first"][0] = True
@@ -1758,7 +1754,7 @@ TRAIN, EVALUATE, SHOW = range(3)  # what a game is made for, part of its seed
 RANDOM = dict(cpu=torch, cuda=torch.cuda, mps=torch.mps)  # each has an rng_state
 WHY_ATARI = "the paper's, for a CUDA GPU; --preset small is for a CPU"
 WHY_SMALL = ("for a CPU, where Catch takes minutes and KungFuMaster an hour; Breakout"
-             " needs tens of millions of frames, on a GPU")
+             " needs --preset atari, a GPU and tens of millions of frames")
 # A resumed run may change these, because they say how it is run, not what it learns.
 MAY_CHANGE = """device precision cuda_graphs steps log_every_steps eval_every_steps
     eval_episodes checkpoint_minutes""".split()
@@ -1795,7 +1791,7 @@ def training_loop(config: Config, agent: Agent, envs: Envs, replay: Replay, coun
             bar.update(step - before)
 
             # Learn. The decisions so far say how many gradient steps there should be.
-            # Both counts are in a checkpoint, so a resumed run skips and repeats none.
+            # A checkpoint holds both counts, so they agree in a resumed run, too.
             owed = (step - config.prefill_steps) // config.steps_per_update
             for _ in range(owed - agent.updates):
                 batch = replay.sample(config.batch_size, config.seq_len)
@@ -1806,7 +1802,7 @@ def training_loop(config: Config, agent: Agent, envs: Envs, replay: Replay, coun
             if agent.updates and config.eval_episodes and due(config.eval_every_steps):
                 save_checkpoint(config, agent, replay, counters)
                 scores = look(config, agent, step)
-                saved_at = -math.inf  # once more, with its scores in the log
+                saved_at = -math.inf  # again below, once the scores are logged
 
             # Log.
             ending = bool(signals) or step >= config.steps
@@ -1854,7 +1850,7 @@ def warn_of_dim_images(images: np.ndarray) -> None:
     """The squared errors of near-black images vanish beside a model's other losses."""
     if images.max() < 64:
         print(f"warning: the first images are dim, brightest {images.max()} of 255,"
-              f" deviation {images.std():.1f}; draw what are codes, in a wrapper")
+              f" deviation {images.std():.1f}; codes should be drawn, in a wrapper")
 
 
 def look(config: Config, agent: Agent, steps: int) -> dict:
@@ -1918,6 +1914,8 @@ def read_checkpoint(folder: str) -> dict | None:
             saved = torch.load(path, map_location="cpu", weights_only=True)
             same_version = saved["config"].keys() == vars(Config()).keys()
             saved["path"] = path
+        except (PermissionError, MemoryError):  # which say nothing of the file
+            raise
         except Exception as error:  # torch and zipfile raise many kinds
             print(f"{path} is damaged: {error!r:.60}")
             continue
@@ -1955,9 +1953,8 @@ def new_agent(config: Config, envs: Envs) -> Agent:
     torch.manual_seed(config.seed)
     device = pick_device(config.device)
     agent = Agent(config, envs.num_actions, envs.channels, device, envs.continuous)
-    frames = f"{envs.frames_per_step} frame{'s' * (envs.frames_per_step > 1)}"
-    print(f"{config.game}: {envs.num_actions} actions, {frames} a decision;"
-          f" {agent.precision} on {device}, rho {agent.mix[0]:g}")
+    print(f"{config.game}: {envs.num_actions} actions, {envs.frames_per_step} frame(s)"
+          f" a decision; {agent.precision} on {device}, rho {agent.mix[0]:g}")
     return agent
 
 
@@ -2002,7 +1999,7 @@ def train(config: Config) -> int:
                 log.truncate(min(log.tell(), saved["log_bytes"]))
         if not saved:  # so that a run can be resumed from its first moment on
             save_checkpoint(config, agent, replay, counters)
-        elif saved["path"].name == "previous.pt":  # else the next save would drop it
+        elif saved["path"].name == "previous.pt":  # so that no save keeps a damaged one
             rename(saved["path"], folder / "checkpoint.pt")
         del saved  # its weights are the agent's now
         try:
@@ -2019,8 +2016,8 @@ def train(config: Config) -> int:
 
 
 def show(config: Config, saved: dict | None, what: str) -> int:
-    """--eval: scores of whole episodes, and an animation of one. --dream: what the
-    model predicts. Pictures come into the current folder; the run's is only read."""
+    """--eval: scores of whole episodes, and 200 steps of play. --dream: what the model
+    predicts. Pictures come into the current folder; the run's is only read."""
     if not saved:
         raise UsageError(f"no checkpoint in {config.logdir}: train first, or --logdir")
     game = make_game(config, 1, SHOW, saved["counters"]["step"])
@@ -2036,7 +2033,7 @@ def show(config: Config, saved: dict | None, what: str) -> int:
                   f" {np.median(score):.2f}, standard deviation {score.std():.2f},"
                   f" mean length {length.mean():.1f} decisions")
         frames = dict(eval=draw_play, dream=draw_dream)[what](agent, envs)
-    path = Path("-".join(re.findall(r"\w+", config.logdir)) + f"-{what}.png")
+    path = Path("-".join([*re.findall(r"\w+", config.logdir), f"{what}.png"]))
     path.write_bytes(to_png(frames))
     print(f"{path}: an animation of {len(frames)} frames")
     return 0
@@ -2141,7 +2138,7 @@ def parse_config(argv: list[str] | None) -> tuple[Config, dict | None]:
     check(config)
     idle = {"sticky", "max_noops", "full_action_space", "action_repeat"} & set(given)
     if idle and config.game not in atari_roms().values():
-        print(*map(flag, sorted(idle)), "act on Atari only (--action-repeat: or a Box)")
+        print(*map(flag, sorted(idle)), "affect Atari only (--action-repeat: Box, too)")
     return config, saved
 
 

@@ -1295,7 +1295,7 @@ def test_rewards_of_any_shape_and_type(reward):
 @pytest.mark.parametrize("result, said", [
     ((Colours.image, math.nan), "not finite"), ((Colours.image, np.array([-np.inf])), "finite"),
     ((Colours.image, np.ones(2)), "ValueError: "), ((Colours.image, "?"), "Error: "),
-    ((Colours.image * 1.0, 1), "ValueError: images must be")])
+    ((Colours.image, 1e39), "finite"), ((Colours.image * 1.0, 1), "ValueError: images must be")])
 def test_a_step_that_makes_no_sense_ends_in_one_line(result, said, tmp_path, capsys):
     with toy_game(step=lambda *_: (*result, False, False, {})) as game:
         assert run("--game", game, *QUICK, "--logdir", tmp_path, "--steps", 10) == 1
@@ -1346,7 +1346,7 @@ def test_main_job(tmp_path):
     shown, rows = (tmp_path / "log").read_text(), lines(tmp_path / "run")
     assert out.returncode == 0 and "200/200" in shown, shown
     assert shown.count("\n") <= 6 and shown.count("\r") <= 3 and len(shown) < 500
-    assert "breakout: 18 actions, 4 frames a decision;" in out.stdout and "fp32 on" in out.stdout
+    assert "breakout: 18 actions, 4 frame(s) a decision;" in out.stdout and "fp32 on" in out.stdout
     assert all(math.isfinite(v) for row in rows for v in row.values())
     last = rows[-1]
     assert (last["step"], last["frames"], last["updates"]) == (200, 800, 25)
@@ -1484,7 +1484,7 @@ def test_a_tilde_is_the_home_folder_and_idle_flags_are_named(idle, tmp_path, mon
     thread = threading.Thread(target=run, args=(*CATCH, "--steps", 10, "--logdir=~/x", *idle))
     thread.start(), thread.join()
     assert counters(tmp_path / "x")["step"] == 10 and not Path("~").exists()
-    assert ("--sticky act on Atari only" in capsys.readouterr().out) == bool(idle)
+    assert ("--sticky affect Atari only" in capsys.readouterr().out) == bool(idle)
 
 
 def test_a_file_that_somebody_reads_is_renamed_a_little_later(monkeypatch):
@@ -1785,6 +1785,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_goes_on(damage, short_
     assert f"30 decisions made in {short_run}" in out
     assert run(*CATCH, "--logdir", short_run, "--steps", 45) == 0
     assert lines(short_run)[-1]["step"] == counters(short_run)["step"] == 45
+    with mock.patch.object(torch, "load", side_effect=PermissionError("not now")):
+        assert run("--logdir", short_run, "--eval") == 2
+    assert "not now" in capsys.readouterr().err  # and not that no checkpoint is whole
 
 
 @pytest.mark.parametrize("names, damage, said", [
@@ -2227,7 +2230,7 @@ def test_pictures_are_pngs(shape):
     again, milliseconds = read_png("a.png")
     scale = max(1, 800 // shape[2])
     assert (again == frames.repeat(scale, 1).repeat(scale, 2)).all()
-    assert milliseconds == ({40} if len(frames) > 1 else set())
+    assert milliseconds == {40}
 
 
 def test_a_dream_sees_its_context_and_no_image_after_it():
@@ -2304,9 +2307,7 @@ def test_a_run_shows_itself_while_it_trains(tmp_path, monkeypatch):
 def test_without_tensorboard_a_run_trains_and_draws(module, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
     assert run(*CATCH, "--logdir", tmp_path, "--steps", 24) == 0
-    film, milliseconds = read_png(tmp_path / "dream.png")
-    assert film.shape == (50, 9 * 64, 12 * 64, 1) and milliseconds == {100}
-    assert not list(tmp_path.glob("*tfevents*"))
+    assert len(read_png(tmp_path / "dream.png")[0]) == 50 and not [*tmp_path.glob("*tfevents*")]
 
 
 def test_a_real_tensorboard_reads_it(first_run):
@@ -2412,8 +2413,7 @@ def test_map_parts_and_tags_agree():
 def test_departures_name_a_flag_or_a_test_that_exists():
     held = dict(re.findall(r"^    (D\d+) .* (\S+)$", d.__doc__, re.M))
     assert list(held) == [f"D{i}" for i in range(1, 15)]
-    for by in held.values():
-        assert by in (globals() if by.startswith("test_") else OPTIONS)
+    assert all(by in (globals() if by.startswith("test_") else OPTIONS) for by in held.values())
     assert set(re.findall(r"\[(D\d+)\]", SOURCE)) <= held.keys()
 
 
