@@ -2033,7 +2033,8 @@ def show(config: Config, saved: dict | None, what: str) -> int:
                   f" {np.median(score):.2f}, standard deviation {score.std():.2f},"
                   f" mean length {length.mean():.1f} decisions")
         frames = dict(eval=draw_play, dream=draw_dream)[what](agent, envs)
-    path = Path("-".join([*re.findall(r"\w+", config.logdir), f"{what}.png"]))
+    words = re.findall(r"\w+", config.logdir) or ["run"]  # none in "."
+    path = Path("-".join([*words, f"{what}.png"]))
     path.write_bytes(to_png(frames))
     print(f"{path}: an animation of {len(frames)} frames")
     return 0

@@ -2260,18 +2260,16 @@ def test_a_dream_sees_its_context_and_no_image_after_it():
 
 @pytest.mark.parametrize("game, channels", [("Pong", 1), ("tests/Colours-v0", 3)])
 def test_eval_and_dream_draw_and_leave_the_run_as_it_is(game, channels, capsys, monkeypatch):
-    flags, taken, real = ("--logdir", "runs/one"), [], d.Agent.act
+    flags, taken, do = ("--logdir", "runs/one"), [], d.Agent.act
     assert run(*flags, *QUICK, "--game", game, "--steps", 40, "--time-limit", 40) == 0
     shutil.rmtree("runs/one/replay")  # none is needed
     before = contents("runs")
-    monkeypatch.setattr(d.Agent, "act", lambda *args, **kw: (
-        taken.append(kw["greedy"]), real(*args, **kw))[1])
+    monkeypatch.setattr(d.Agent, "act", lambda *a, **k: (taken.append(k["greedy"]), do(*a, **k))[1])
     assert run(*flags, "--dream") == 0 and set(taken) == {False}
     taken.clear()
     assert run(*flags, "--eval", "--eval-episodes", 3) == 0 and set(taken) == {True}
     assert contents("runs") == before
-    assert {p.name for p in Path().iterdir()} == {
-        "runs", "runs-one-dream.png", "runs-one-eval.png"}
+    assert sorted(os.listdir()) == ["runs", "runs-one-dream.png", "runs-one-eval.png"]
     film, milliseconds = read_png("runs-one-dream.png")
     assert film.shape == (50, 3 * 3 * 64, 3 * 4 * 64, channels) and milliseconds == {100}
     seen, _ = read_png("runs-one-eval.png")
@@ -2281,6 +2279,8 @@ def test_eval_and_dream_draw_and_leave_the_run_as_it_is(game, channels, capsys, 
             assert (picture[-1, 9, [9, 40 * scale]] == [[207, 0, 0], [0, 0, 95]]).all()
     assert re.search(r"episodes: 3, mean score -?[\d.]+, median .*, mean length 40.0 decisions",
                      capsys.readouterr().out)
+    monkeypatch.chdir("runs/one")
+    assert run("--logdir", ".", "--dream") == 0 and Path("run-dream.png").exists()
 
 
 def test_a_run_shows_itself_while_it_trains(tmp_path, monkeypatch):
