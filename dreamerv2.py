@@ -1453,7 +1453,7 @@ def blame(game: str):
     """Whatever a game raises becomes one line that names the game."""
     try:
         yield
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         what = f"--game {game}: {type(error).__name__}: {error}"
         if isinstance(error, gymnasium.error.UnregisteredEnv):
             what += " (the id of a package's game is module:id, as in minigrid:...)"
@@ -1555,15 +1555,14 @@ def make_envs(game: str, num_envs: int = 1, seed: int = 0, *, action_repeat: int
                 max_num_frames_per_episode=time_limit * action_repeat,
                 reward_clipping=False, use_fire_reset=False), game, seed, action_repeat)
 
-    with contextlib.ExitStack() as made:  # if one of them fails, all are closed
+    with blame(game), contextlib.ExitStack() as made:  # if one fails, all are closed
 
         def make_one() -> gymnasium.Env:
             env = Catch() if name == "Catch" else gymnasium.make(game)
             made.callback(env.close)
             return plain_game(env, action_repeat, time_limit)
 
-        with blame(game):
-            vector_env = gymnasium.vector.SyncVectorEnv([make_one] * num_envs)
+        vector_env = gymnasium.vector.SyncVectorEnv([make_one] * num_envs)
         made.pop_all()  # all were made: none is closed here
     boxed = isinstance(vector_env.single_action_space, gymnasium.spaces.Box)
     return Envs(vector_env, game, seed, action_repeat if boxed else 1)
@@ -1958,9 +1957,15 @@ def new_agent(config: Config, envs: Envs) -> Agent:
     return agent
 
 
-def resume(agent: Agent, replay: Replay, saved: dict) -> None:
-    """Put a checkpoint's weights, Adam's state and random states where they were."""
-    agent.load_state_dict(saved["agent"])
+def resume(agent: Agent, replay: Replay | None, saved: dict) -> None:
+    """Put a checkpoint's weights, Adam's state and random states where they were; the
+    weights alone, if there is no replay to go on with."""
+    try:
+        agent.load_state_dict(saved["agent"])
+    except RuntimeError:  # sizes differ: somebody's own game has changed
+        raise UsageError(f"{saved['path']} is of other actions or images") from None
+    if replay is None:
+        return
     agent.updates = saved["counters"]["updates"]
     for name, optimizer in agent.optimizers.items():
         settings = optimizer.adam.state_dict()  # lr, eps, fused: as made for this run
@@ -1992,11 +1997,11 @@ def train(config: Config) -> int:
             raise UsageError(f"{folder} has a replay, but its checkpoint is missing")
         envs.seed += int(replay.written[0])  # a resumed run plays other episodes
         print(f"replay: {len(replay):,} rows, {replay.rows.nbytes / 1e9:.2f} GB")
-        (folder / "config.json").write_text(json.dumps(vars(config), indent=1))
         with open(folder / "metrics.jsonl", "a") as log:
             if saved:  # lines after the checkpoint are written again
                 resume(agent, replay, saved)
                 log.truncate(min(log.tell(), saved["log_bytes"]))
+        (folder / "config.json").write_text(json.dumps(vars(config), indent=1))
         if not saved:  # so that a run can be resumed from its first moment on
             save_checkpoint(config, agent, replay, counters)
         elif saved["path"].name == "previous.pt":  # so that no save keeps a damaged one
@@ -2023,10 +2028,7 @@ def show(config: Config, saved: dict | None, what: str) -> int:
     game = make_game(config, 1, SHOW, saved["counters"]["step"])
     with contextlib.closing(game) as envs:
         agent = new_agent(config, envs)
-        try:
-            agent.load_state_dict(saved["agent"])
-        except RuntimeError:  # sizes differ: somebody's own game has changed
-            raise UsageError(f"{saved['path']} is of other actions or images") from None
+        resume(agent, None, saved)
         if what == "eval":
             score, length = evaluate(agent, envs, max(1, config.eval_episodes)).T
             print(f"episodes: {len(score)}, mean score {score.mean():.2f}, median"
