@@ -1789,19 +1789,20 @@ def training_loop(config: Config, agent: Agent, envs: Envs, replay: Replay, coun
             bar.set_description("" if actor else "random play", refresh=False)
             bar.update(step - before)
 
-            # Learn. The decisions so far say how many gradient steps there should be.
-            # A checkpoint holds both counts, so they agree in a resumed run, too.
+            # Learn what the decisions so far ask for. A checkpoint holds both counts.
             owed = (step - config.prefill_steps) // config.steps_per_update
             for _ in range(owed - agent.updates):
                 batch = replay.sample(config.batch_size, config.seq_len)
                 metrics.add(agent.train_step(upload(batch, agent.device), step))
             counters.update(updates=agent.updates, wall_time_s=time.time() - began)
 
-            # Look. Save first: should a game fail in the evaluation, no step is lost.
+            # Look. Nothing is saved before: a kill in it is followed by another look.
             if agent.updates and config.eval_episodes and due(config.eval_every_steps):
-                save_checkpoint(config, agent, replay, counters)
-                scores = look(config, agent, step)
-                saved_at = -math.inf  # again below, once the scores are logged
+                try:
+                    scores = look(config, agent, step)
+                except Exception:  # should the game fail, no step is lost
+                    save_checkpoint(config, agent, replay, counters)
+                    raise
 
             # Log.
             ending = bool(signals) or step >= config.steps

@@ -1634,7 +1634,7 @@ def test_a_game_that_cannot_be_made_is_one_line_of_its_own_words(tmp_path, capsy
             assert run("--game", game, *QUICK, "--logdir", tmp_path / "run") == 2
             err = capsys.readouterr().err
             assert err.count("\n") == 1 and f"--game {game}: " in err and said in err
-    half = dict(action_space=MultiDiscrete([2]), close=lambda x: Colours.open.discard(x) or x.window)
+    half = dict(action_space=MultiDiscrete([2]), close=lambda x: Colours.open.remove(x) or x.window)
     with toy_game(**half) as toy, pytest.raises(d.UsageError, match=f"{toy}: AttributeError"):
         d.make_envs(toy)
     assert not (tmp_path / "run").exists()
@@ -1733,7 +1733,7 @@ def test_killed_at_random_moments(kills, tmp_path):
 
 @contextlib.contextmanager
 def dies(monkeypatch, stage):
-    """As killed before the disk is touched for the `stage`th time, from 0."""
+    """As killed before the disk is touched, or a game evaluated, the `stage`th time."""
     left, Killed = itertools.count(stage, -1), type("Killed", (BaseException,), {})
 
     def before(function):
@@ -1745,27 +1745,27 @@ def dies(monkeypatch, stage):
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         for place, name in ((os, "replace"), (os, "fsync"), (np, "save"), (torch, "save"),
-                            (os, "posix_fallocate")):
+                            (os, "posix_fallocate"), (d, "evaluate")):
             patch.setattr(place, name, before(getattr(place, name)))
         yield
 
 
 @pytest.mark.parametrize("begun, stage", [
-    *((False, stage) for stage in range(13)), *((True, stage) for stage in range(9))])
+    *((False, stage) for stage in range(11)), *((True, stage) for stage in range(6))])
 def test_killed_at_any_moment_of_a_start(begun, stage, tmp_path, first_run, monkeypatch):
-    """The same command then begins; or goes on, here from the checkpoint before, which is
-    not lost until there is a later one."""
+    """The same command then begins or goes on; no checkpoint is lost before a later is there."""
     logdir = tmp_path / "run"
     if begun:
         shutil.copytree(first_run, logdir)
         (logdir / "checkpoint.pt").write_bytes(b"")
     flags = (*CATCH, "--logdir", logdir, "--steps", 34)
-    monkeypatch.setattr(d, "to_png", lambda frames: b"")  # which takes half of the time
+    monkeypatch.setattr(d, "to_png", lambda frames: b"")
     with dies(monkeypatch, stage):
         run(*flags)
     assert not begun or d.read_checkpoint(logdir)["counters"]["step"] >= 30
     assert run(*flags) == 0
-    assert d.read_checkpoint(logdir)["counters"]["step"] == lines(logdir)[-1]["step"] == 34
+    last = lines(logdir)[-1]
+    assert counters(logdir)["step"] == last["step"] == 34 and "eval_return" in last
 
 
 DAMAGE = dict(
