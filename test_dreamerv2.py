@@ -1434,7 +1434,7 @@ FALL = mock.Mock(side_effect=RuntimeError("it fell over"))
 
 @pytest.mark.parametrize("end, step, status, saved, said", [
     (HANG, 33, 130, 32, "goes on from its last checkpoint"),
-    (HANG, 44, 130, 40, "goes on from its last checkpoint"),
+    (HANG, 44, 130, 39, "goes on from its last checkpoint"),  # and evaluates again
     (FALL, 33, 1, 32, "--game Catch: RuntimeError: it fell over; "),
     (FALL, 44, 1, 40, "--eval-episodes 0 trains without evaluations")])
 def test_a_game_that_hangs_or_raises_does_not_take_the_replay_with_it(
