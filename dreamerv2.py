@@ -93,25 +93,27 @@ DEPARTURES: where the sources disagree, or this file leaves one of them. Each ha
 that switches it or a test that holds it.
          paper              version 2.2.0          here             switch or test
     D1   4 decisions/step   16                     4                --steps-per-update
-    D2   γ = 0.995          0.999                  0.995            --gamma
+    D2   γ: table 0.995     0.999                  0.995            --gamma
     D3   50 sequences       16, before it 50       50               --batch-size
     D4   baseline v(z_t)    slow v(z_t)            v(z_t)           --slow-baseline
     D5   V_t - v(z_t)       V_{t+1} - v(z_t)       V_t - v(z_t)     --shifted-advantage
     D6   all 18 actions     those a game uses      all 18           --full-action-space
     D7   losses are sums    means                  means           test_losses_are_means
-    D8   not said           in one episode         any start      test_replay_is_uniform
+    D8   in one episode     in one episode         any start      test_replay_is_uniform
     D9   not said           m̂/(√v̂ + ε/√(1-β₂ᵗ))    m̂/(√v̂ + ε)      test_parity_agent
-    D10  up to 30 no-ops    1 to 30                0 to 29          --max-noops
+    D10  no-ops not said    1 to 30                0 to 29          --max-noops
     D11  not said           float16                bfloat16, CUDA   --precision
     D12  not said           slow critic random     born as a copy   test_slow_critic
     D13  not said           γ[0] 0 after an end    the same         test_true_start
     D14  discount loss x 1  x 5                    x 5              --discount-scale
+    D15  84² to 64² pixels  64² at once            64² at once      test_atari_protocol
+    D16  states 1 to H      states 0 to H          states 0 to H  test_parity_behaviour
 
 COST at the paper's size: 22.2M parameters, 12.5M gradient steps of 2.37 TFLOP, a replay
 of 8.35 GB; the authors' V100 took under 10 days. Two CPU cores need 15 to 21 s a step,
 or 0.16 s with --preset small. HEALTHY: image_loss sinks towards 3764 (no error at all),
-kl rises to some nats, actor_entropy sinks slowly from ln 18 = 2.89. Expect a flat score
-for the first 20M frames of Breakout; Boxing, Freeway and Pong move within 2M.
+kl rises to some nats, actor_entropy sinks slowly from ln 18 = 2.89. Scores rise
+after some 20M frames in Breakout, within 2M in Boxing, Freeway and Pong.
 NOT REPRODUCED: the paper's scores. Nothing was trained here at the paper's size; that
 losses, gradients and updates are right is shown by numbers from the authors' code.
 """
@@ -177,7 +179,7 @@ class Config:
     num_envs: int = 1  # environments played side by side; paper: 1
     action_repeat: int = 4  # frames per decision (Atari, Box actions); paper: 4
     sticky: float = 0.25  # chance a frame keeps the last action (Atari); paper: 0.25
-    max_noops: int = 29  # most no-op frames at a reset (Atari); paper: 30 [D10]
+    max_noops: int = 29  # most no-op frames at a reset (Atari); authors' code: 30 [D10]
     time_limit: int = 27_000  # decisions after which an episode is cut; 108 000 frames
     full_action_space: bool = True  # all 18 Atari actions; paper: yes [D6]
     # Replay and schedule
@@ -191,10 +193,10 @@ class Config:
     num_classes: int = 32  # classes of each, K; paper: 32
     deter_size: int = 600  # units of the GRU state h, D; paper: 600
     hidden_size: int = 600  # units of the RSSM's one-layer heads; paper: 600
-    cnn_depth: int = 48  # channels of the first convolution, then doubled; paper: 48
+    cnn_depth: int = 48  # first convolution's channels, then doubled; authors' code: 48
     mlp_layers: int = 4  # hidden layers of every head, actor and critic; paper: 4
     mlp_units: int = 400  # units of each of those layers; paper: 400
-    kl_scale: float = 0.1  # weight β of the KL; paper: 0.1, searched in 0.1 0.3 1 3
+    kl_scale: float = 0.1  # weight β of the KL; paper: 0.1; new tasks: 0.1 0.3 1 3
     kl_balance: float = 0.8  # share of the KL that trains the prior, α; paper: 0.8
     free_nats: float = 0.0  # no KL gradient while its mean is less; authors' code: 0
     discount_scale: float = 5.0  # weight of the discount loss; authors' code: 5 [D14]
@@ -241,13 +243,13 @@ class Config:
 # Strings of flags, which those of the command line override.
 PRESETS = {
     "atari": "",
-    # The authors' code, version 2.2.0; D8 to D12 remain.
+    # The authors' code, version 2.2.0, but for D8 to D12 and its replay of episodes.
     "released": "--steps-per-update 16 --batch-size 16 --gamma 0.999 --slow-baseline"
     " --shifted-advantage --no-full-action-space --max-noops 30",
-    # The paper's row of that name: the authors' first version, faf9e4c.
+    # The paper's row of that name: the authors' first version, faf9e4c, but for D13.
     "schedules": "--gamma 0.999 --anneal-steps 2500000 --reinforce-mix 0.9"
     " --entropy-scale 3e-3",
-    # The authors' dmc of May 2021 (0216d33), with steps and replay of our own.
+    # The authors' dmc (0216d33), but for 100 first updates, steps, replay, evaluations.
     "continuous": "--steps 500000 --action-repeat 2 --replay-capacity 500000"
     " --prefill-steps 2500 --steps-per-update 5 --deter-size 200 --hidden-size 200"
     " --kl-scale 1 --free-nats 1 --no-discount-head --no-reward-tanh --model-lr 3e-4"
@@ -340,8 +342,7 @@ def balanced_kl(posterior: Tensor, prior: Tensor, alpha: float | None,
     have the same value, so loss equals kl; only the gradients differ. The first teaches
     the prior to predict, the second keeps the posterior predictable. The direction is
     always KL(posterior ‖ prior). α = None is the plain KL, with its full gradient to
-    both (--no-kl-balancing). Authors' code ablates with α = 0.5, which in the formula
-    above halves both gradients of the plain KL.
+    both (--no-kl-balancing); authors' code by α = 0.5, which here halves gradients.
     >>> post = torch.tensor([[1.0, 1.0]]).log().requires_grad_()
     >>> prior = torch.tensor([[3.0, 1.0]]).log().requires_grad_()
     >>> loss, kl = balanced_kl(post, prior, alpha=0.75)
@@ -579,14 +580,14 @@ class ConvDecoder(nn.Module):
 
     def forward(self, feature: Tensor) -> Tensor:
         # On a 1×1 image a transposed convolution of kernel 5 is 25 matrix products, one
-        # for each output pixel; as a single product it takes a quarter of the time.
+        # for each output pixel; as a single one it takes a third of the time or less.
         weight, bias = self.net[0].weight.permute(0, 2, 3, 1), self.net[0].bias
         out = self.linear(feature).flatten(0, -2) @ weight.flatten(1)
         out = out.unflatten(-1, weight.shape[1:]).permute(0, 3, 1, 2)
         out = self.net[1:-1](out + bias[:, None, None])
         # The last layer, of kernel 6 and stride 2, uses every other row and column of
         # its kernel for an output pixel: four kernels of 3×3, whose outputs interleave.
-        # As one convolution that takes less than half of the time on a CPU.
+        # As one convolution that takes a half to three quarters of the time on a CPU.
         weight, bias = self.net[-1].weight, self.net[-1].bias
         weight = weight.unflatten(3, (3, 2)).unflatten(2, (3, 2)).flip(2, 4)
         weight = weight.permute(1, 3, 5, 0, 2, 4).flatten(0, 2)  # (4·C, depth, 3, 3)
@@ -893,7 +894,7 @@ def imagine(img_step, actor, start: State, horizon: int) -> tuple[Tensor, Tensor
     state, features, actions = start, [start.feature], []
     for _ in range(horizon):
         # With ρ < 1 a return's gradient reaches the actor through each sampled action.
-        # The detach cuts a second way: an action changes the states after it, and those
+        # The detach cuts a second path: an action changes states after it, and those
         # change what the actor chooses there.
         action = actor(features[-1].detach()).rsample()
         state = img_step(state, action)
@@ -913,8 +914,8 @@ def imagine(img_step, actor, start: State, horizon: int) -> tuple[Tensor, Tensor
 #
 # r[t] is received on ARRIVING in z[t], so V[t] and v(z[t]) both contain it, and it
 # cancels in the advantage V[t] - v(z[t]): a_t is credited only with what follows it.
-# The paper has states 1 to H and H - 1 terms in a loss; here are states 0 to H and H
-# terms, 0 to H - 1. The weights w[t] of Equations 5 and 6 stand in the paper's text.
+# A loss has a term for each state but the last [D16]. Their weights w[t] are not in the
+# paper's Equations 5 and 6, but in its text.
 # In: (H, N) tensors, values (H+1, N). Out: returns (H, N), and scalars to minimise.
 # Predict: rewards 1, 2, values 8, 4, 2, discounts ½: the returns with λ = ½?
 
@@ -948,8 +949,8 @@ def trajectory_weights(discount: Tensor) -> Tensor:
     """How much each imagined state counts: the chance to be there, discounted.
         w[t] = Π_{i < t} γ[i],    w[0] = 1
     discount (H, N) -> weights (H, N), detached, or the actor would learn to move ends.
-    States after a predicted end have a weight near zero, because the model was never
-    trained on them. The first weight is 1, whatever γ[0] is: we ARE in the start state.
+    After a predicted end weights are near zero, and rightly: the model never learned to
+    go on there. The first weight is 1, whatever γ[0] is: we ARE in the start state.
     >>> trajectory_weights(torch.tensor([0.5, 0.5, 0.0, 0.5])).tolist()
     [1.0, 0.5, 0.25, 0.0]
     """
@@ -1032,7 +1033,7 @@ class Optimizer:
     """Adam with global-norm clipping and decoupled decay, for the weights of a module.
     Authors' code: clip the gradient, then w <- (1 - decay)·w, NOT times the learning
     rate, then Adam. AdamW decays by lr·weight_decay, hence the division. Autograd does
-    not see a fused step: after it, use no graph that was made before.
+    not see a fused step: after it, no older loss may be differentiated.
     >>> layer = nn.Linear(1, 1)
     >>> _ = nn.init.ones_(layer.weight)
     >>> opt = Optimizer(layer, lr=0.5, eps=0.0, clip=100.0, decay=0.25)
@@ -1068,8 +1069,7 @@ class CudaGraph:
     plainly, so that libraries choose their kernels and Adam allocates its state, and
     the fourth records. If you hold a loss of your own on the agent's weights, delete it
     before the fourth call: its autograd graph would break the recording. Inputs are
-    copied in and outputs out; random numbers are new in each replay. The gain is not
-    measured yet, for want of a GPU."""
+    copied in, outputs out, random numbers are new. The gain is not measured yet."""
 
     def __init__(self, function):
         self.function, self.stream = function, torch.cuda.Stream()
@@ -1149,10 +1149,10 @@ class Agent(nn.Module):
             self.decide = CudaGraph(self.decide)
 
     def autocast(self):
-        """In bf16, layers multiply in bfloat16; weights, h, logits and losses stay
-        float32. Inside one `with` a weight is cast once and the copy reused. So no
-        optimiser may step there, or the copy is stale, and no layer may run without
-        gradients and later with them, or the copy has none."""
+        """In bf16, layers multiply in bfloat16, but for those of observe; weights, h,
+        logits and losses stay float32. Inside one `with` a weight is cast once and the
+        copy reused. So no optimiser may step there, or the copy is stale, and no layer
+        may run without gradients and later with them, or the copy has none."""
         on = self.precision == "bf16"
         return torch.autocast(self.device.type, torch.bfloat16, enabled=on)
 
@@ -1270,7 +1270,7 @@ class UsageError(Exception):
 class Row(NamedTuple):
     """One moment of N environments: the action LED to the image, and the reward came
     with it; on an episode's first row both are zero. is_terminal: the game ended. It is
-    False where a time limit cut the episode, whose γ is kept."""
+    False where a time limit cut the episode: there γ is kept."""
 
     image: np.ndarray  # (N, C, 64, 64) uint8
     action: np.ndarray  # (N, A) float32, one-hot or in [-1, 1]
@@ -1623,8 +1623,8 @@ class Metrics:
             self.board = None
 
     def add(self, metrics: dict[str, Tensor]) -> None:
-        """Sum on the device. FloatingPointError names those that are not finite; asking
-        that makes the CPU wait for the GPU, once a gradient step."""
+        """Sum on the device. FloatingPointError names those that are not finite;
+        looking for them makes the CPU wait for the GPU, once a gradient step."""
         values = torch.stack([v.float() for v in metrics.values()])
         self.names, self.count = list(metrics), self.count + 1
         self.sums = self.sums + values
@@ -1633,13 +1633,13 @@ class Metrics:
             raise FloatingPointError(f"not finite: {bad}")
 
     def write(self, **totals) -> dict:
-        """Append totals, and rates and means since the last line (null: none ended)."""
+        """Append totals, and rates and means since the last line (null: no episode)."""
         seconds, line = max(time.time() - self.began, 1e-9), dict(totals)
         for name in ("updates", "frames"):
             line[f"{name}_per_s"] = (totals[name] - self.before[name]) / seconds
         means = np.mean(self.episodes, 0).tolist() if self.episodes else (None, None)
         line |= dict(zip(("episode_return", "episode_length"), means))
-        if self.count:  # 0 where an evaluation follows the last line at once
+        if self.count:  # 0: no gradient step since the last line
             line |= dict(zip(self.names, (self.sums / self.count).tolist()))
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
@@ -1743,8 +1743,11 @@ def draw_play(agent: Agent, envs: Envs) -> np.ndarray:
 
 
 # %% Part 12 | Running
-# training_loop is the whole run, in the order of the header's THE LOOP. What stands
-# around it keeps a run safe on disk, reads the command line, and shows an agent.
+# training_loop is the whole run, in the order of the header's THE LOOP; around it are
+# the command line and what keeps a run safe. A kill at any moment leaves in its folder
+#     checkpoint.pt, previous.pt   at least one that is whole: a new one is renamed last
+#     replay/                      whole rows: one counts only after it is written
+#     metrics.jsonl                lines that resuming cuts back to the checkpoint's
 # In: flags. Out: a run's folder, and an exit status.
 # Predict: which flag sets Config.kl_balance?
 
@@ -1762,9 +1765,6 @@ MAY_CHANGE = """device precision cuda_graphs steps log_every_steps eval_every_st
 def training_loop(config: Config, agent: Agent, envs: Envs, replay: Replay, counters):
     """Play and learn until `steps` decisions are made, or a signal asks for the end;
     returns the signal or None. `counters` are those of START, and kept up to date."""
-
-    def due(every: int) -> bool:  # everything is due at the end
-        return step // every > before // every or step >= config.steps
 
     metrics = Metrics(config.logdir, **counters)
     began = time.time() - counters["wall_time_s"]
@@ -1796,7 +1796,8 @@ def training_loop(config: Config, agent: Agent, envs: Envs, replay: Replay, coun
                 metrics.add(agent.train_step(upload(batch, agent.device), step))
             counters.update(updates=agent.updates, wall_time_s=time.time() - began)
 
-            # Look. Nothing is saved before: a kill in it is followed by another look.
+            # Look. Saving comes after, so that a run that is killed here looks again.
+            due = lambda n: step // n > before // n or step >= config.steps
             if agent.updates and config.eval_episodes and due(config.eval_every_steps):
                 try:
                     scores = look(config, agent, step)
@@ -1806,7 +1807,7 @@ def training_loop(config: Config, agent: Agent, envs: Envs, replay: Replay, coun
 
             # Log.
             ending = bool(signals) or step >= config.steps
-            if scores or metrics.count and (ending or due(config.log_every_steps)):
+            if scores or (metrics.count and (ending or due(config.log_every_steps))):
                 line, scores = metrics.write(**counters, **scores), {}
                 if (score := line["episode_return"]) is not None:  # None: none ended
                     bar.set_postfix_str(f"episode_return={score:.2f}", refresh=False)
@@ -1850,7 +1851,7 @@ def warn_of_dim_images(images: np.ndarray) -> None:
     """The squared errors of near-black images vanish beside a model's other losses."""
     if images.max() < 64:
         print(f"warning: the first images are dim, brightest {images.max()} of 255,"
-              f" deviation {images.std():.1f}; codes should be drawn, in a wrapper")
+              f" deviation {images.std():.1f}; a wrapper should draw what they encode")
 
 
 def look(config: Config, agent: Agent, steps: int) -> dict:
@@ -1870,9 +1871,8 @@ def look(config: Config, agent: Agent, steps: int) -> dict:
 
 
 def save_checkpoint(config: Config, agent: Agent, replay: Replay, counters) -> None:
-    """Weights, Adam's state, counters and random states; the replay has its own files.
-    It is written beside the old one, which becomes previous.pt, and renamed last: there
-    is always a whole one."""
+    """Weights, Adam's state, counters and random states. The file is whole before it is
+    given the name of the one before, which becomes previous.pt."""
     folder, device, data = Path(config.logdir), agent.device.type, io.BytesIO()
     log_bytes = (folder / "metrics.jsonl").stat().st_size  # where resuming cuts it
     torch.save(dict(  # into memory, for on a full disk it raises a RuntimeError
@@ -1890,7 +1890,7 @@ def save_checkpoint(config: Config, agent: Agent, replay: Replay, counters) -> N
             rename(path, folder / "previous.pt")
         rename(new, path)
     finally:
-        new.unlink(missing_ok=True)  # a full disk must not stay full
+        new.unlink(missing_ok=True)  # a part of it, if the disk is full
 
 
 def rename(old: Path, new: Path) -> None:
@@ -2005,7 +2005,7 @@ def train(config: Config) -> int:
         (folder / "config.json").write_text(json.dumps(vars(config), indent=1))
         if not saved:  # so that a run can be resumed from its first moment on
             save_checkpoint(config, agent, replay, counters)
-        elif saved["path"].name == "previous.pt":  # so that no save keeps a damaged one
+        elif saved["path"].name == "previous.pt":  # or a save would keep a damaged one
             rename(saved["path"], folder / "checkpoint.pt")
         del saved  # its weights are the agent's now
         try:
