@@ -1151,8 +1151,7 @@ def test_images_of_every_layout(shape, kind):
     expected[0, :, :32] = 200
     expected[-1] += 50
     assert np.array_equal(seen, expected)
-    dots = np.tile(np.uint8([[255, 0], [0, 0]]), (64, 64))
-    assert (d.to_image(dots) == 64).all()  # the mean of 63.75, rounded
+    assert (d.to_image(np.tile(np.uint8([[255, 0], [0, 0]]), (64, 64))) == 64).all()  # 63.75
 
 
 @pytest.mark.parametrize("images, actions, named", [
@@ -1439,9 +1438,8 @@ def test_same_seed_same_numbers_and_evaluations_do_not_change_them(tmp_path):
         assert run("--game", "Breakout", *QUICK, "--logdir", tmp_path / name, "--steps", 48,
                    "--log-every-steps", 8, "--eval-every-steps", every, "--time-limit", 15,
                    "--eval-episodes", episodes) == 0
-    games = [d.make_game(d.Config(game="Catch", seed=seed), 1, purpose, steps).seed
-             for seed in (0, 1) for purpose in range(3) for steps in (0, 9)]
-    assert len(set(games)) == len(games) == 12
+    assert 12 == len({d.make_game(d.Config(game="Catch", seed=seed), 1, purpose, steps).seed
+                      for seed in (0, 1) for purpose in range(3) for steps in (0, 9)})
     x, y = (d.new_agent(d.Config(**DEBUG, seed=seed), d.make_envs("Catch")) for seed in (0, 1))
     assert not torch.equal(x.actor[0].weight, y.actor[0].weight)
     a, b, c = ([{k: v for k, v in row.items() if not k.endswith("_s")}  # no times
@@ -1459,8 +1457,7 @@ def test_a_resumed_run_plays_other_episodes_than_those_undone(short_run, monkeyp
     for _ in range(2):
         (short_run / "checkpoint.pt").write_bytes(checkpoint)
         assert run(*CATCH, "--logdir", short_run, "--steps", 44, "--eval-episodes", 0) == 0
-    assert len(set(seeds)) == len(seeds) == 2
-    assert act.inputs["memory"] and not act.inputs["greedy"]
+    assert len(set(seeds)) == len(seeds) == 2 and act.inputs["memory"] and not act.inputs["greedy"]
 
 
 def test_a_run_with_continuous_actions(tmp_path, capsys):
@@ -1558,7 +1555,8 @@ BAD = [(flags, flags.split()[0].split("=")[0]) for flags in re.split(r"[|\n]", B
     ("--game Brekout", "`Breakout`"), ("--eval", "train first"), ("--dream", "train first"),
     ("--game CartPole-v1", "images"), ("--game NoSuch-v0", "module:id"),
     ("--game no_module:Game-v0", "no_module"), ("--game :X-v0", "Empty module name"),
-    ("--preset smal", "'small'"), ("--num-envs 3", "--prefill"), ("--seq-len 500", "--prefill"),
+    ("--preset smal", "'small'"), ("--seq-len 500", "--prefill-steps"),
+    ("--num-envs 3", "--prefill-steps"),
     ("--eval --dream", "not allowed"), (f"--logdir {sys.executable}", sys.executable)]  # a file
 
 
@@ -1821,7 +1819,8 @@ def test_a_second_process_is_refused_and_sigterm_frees_the_folder(tmp_path, caps
 
 
 @pytest.mark.parametrize("name, module", [
-    ("critic_loss", "critic"), ("image_loss", "world_model.decoder")])
+    ("critic_loss", "critic"), ("reward_loss", "world_model.reward_head"),
+    ("image_loss", "world_model.decoder")])
 def test_a_number_that_is_not_finite_stops_the_run(name, module, short_run, capsys, monkeypatch):
     """The term, the update, the last good checkpoint, which stays as it is: status 1."""
     real = d.Agent.train_step
@@ -2208,7 +2207,6 @@ def test_a_dream_sees_its_context_and_no_image_after_it():
     for at, start in (2, 3), (4, 9):  # an image is remembered until an episode starts
         same = (dream(changed=slice(at, at + 1))[1] == model).flatten(1).all(1)
         assert same.tolist() == [not at <= t < start for t in range(12)]
-
     colours = torch.tensor([-9.0, -1 / 6, 9.0, 0.0])[:, None, None].expand(4, 64, 64)
     assert d.to_pixels(colours[:2]).shape == (64, 64, 1)
     colours = d.to_pixels(colours)
@@ -2257,7 +2255,8 @@ def test_eval_and_dream_draw_and_leave_the_run_as_it_is(game, channels, capsys, 
     if channels == 3:  # left half red, right half blue, in the truth of both
         for picture, scale in ((film, 3), (seen, 6)):
             assert (picture[-1, 9, [9, 40 * scale]] == [[207, 0, 0], [0, 0, 95]]).all()
-    assert "mean length 40.0 decisions" in capsys.readouterr().out
+    assert re.search(r"episodes: 3, mean score -?[\d.]+, median .*, mean length 40.0 decisions",
+                     capsys.readouterr().out)
     monkeypatch.chdir("runs/one")
     assert run("--logdir", ".", "--dream") == 0 and Path("run-dream.png").exists()
 
@@ -2704,7 +2703,8 @@ def test_what_cannot_be_measured_is_one_line_and_status_2(flags, why, capsys):
 
 
 @pytest.mark.parametrize("flags, found", [
-    ("--scores .", "1 of the paper's"), ("--benchmark --preset debug --game Catch", "fp32 on")])
+    ("--scores .", "1 of the paper's 55 games"),
+    ("--benchmark --preset debug --game Catch", "fp32 on c")])
 def test_measuring_needs_these_two_files_and_not_pytest(flags, found, tmp_path):
     for name in ("dreamerv2.py", "test_dreamerv2.py"):
         shutil.copy(HERE / name, tmp_path)
