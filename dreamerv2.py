@@ -41,8 +41,8 @@ SHAPES. Time comes first, so x[t] is the paper's x with subscript t.
     H  imagined steps                15      E  embedded image            1536
     C  image channels (1 is gray)     1      A  actions                     18
 
-TIME. One row of experience is what the environment returns from one step. The action
-stored at t is the one that LED to image t, and the reward at t ARRIVED with it:
+TIME. One row of experience is an action and what the environment returned for it. The
+action at t is the one that LED to image t, and the reward at t ARRIVED with it:
     row            0            1            2            3 (new episode)
     action         0 (none)     a0           a1           0 (none)
     image          x0           x1           x2           x0'
@@ -63,8 +63,8 @@ SYMBOLS, in the paper and here.
 
 SOURCES. "Paper:" is what the paper says, "Authors' code:" what danijar/dreamerv2 does
 (07d906e, version 2.2.0, unless another is named), "Here:" our choice. The paper's table
-gives the defaults; where it is silent, the authors' code. Where these two disagree, or
-this file leaves one, the departure has a number, and a flag or a test that holds it:
+gives the defaults; where it is silent, the authors' code. Where the two disagree, or
+this file departs from one, that has a number, and a flag or a test that holds it:
          paper              version 2.2.0          here             switch or test
     D1   4 decisions/step   16                     4                --steps-per-update
     D2   γ: table 0.995     0.999                  0.995            --gamma
@@ -84,11 +84,11 @@ this file leaves one, the departure has a number, and a flag or a test that hold
     D16  loss: t = 1..H-1   t = 0..H-1             t = 0..H-1    test_parity_behaviour
 
 COST at the paper's size: 22.2M parameters, 12.5M gradient steps of 2.37 TFLOP, a replay
-of 8.35 GB; the authors' V100 took under 10 days. HEALTH: image_loss sinks towards 3764
+of 8.36 GB; the authors' V100 took under 10 days. HEALTH: image_loss sinks towards 3764
 (no error at all; 11 292 in colour), kl rises to some nats, actor_entropy sinks slowly
-from ln 18 = 2.89. Scores rise within 2M frames in Boxing, Freeway and Pong, after 20M
-in Breakout. Nothing was trained here at the paper's size, so its scores are not
-reproduced: tests compare losses, gradients and updates with the authors' code.
+from ln 18 = 2.89. The authors' scores rise within 2M frames in Boxing, Freeway and
+Pong, after 20M in Breakout. They are not reproduced, since nothing was trained here at
+the paper's size: tests compare losses, gradients and updates with the authors' code.
 """
 from __future__ import annotations
 
@@ -208,7 +208,7 @@ class Config:
 # Strings of flags. Those that the user types override them.
 PRESETS = {
     "atari": "",
-    # The authors' code, version 2.2.0; D8, D9, D11 and D12 have no flag and stay ours.
+    # The authors' code, version 2.2.0; D8, D9, D11, D12 stay ours, D10 draws 0 to 30.
     "released": "--steps-per-update 16 --batch-size 16 --gamma 0.999 --slow-baseline"
     " --shifted-advantage --no-full-action-space --max-noops 30",
     # The paper's row of that name: the authors' first version, faf9e4c; D13 stays ours.
@@ -297,7 +297,7 @@ def balanced_kl(posterior, prior, alpha, divergence=categorical_kl, free_bits=0.
     """KL balancing: train the prior faster than the posterior. [Alg. 2]
         loss = α KL(sg(posterior) ‖ prior) + (1 - α) KL(posterior ‖ sg(prior))
     posterior, prior: logits (..., S, K) -> (loss, kl), each (...) in nats. Both terms
-    have the same value, so loss equals kl; only the gradients differ. The first teaches
+    have the same value, the KL; only their gradients differ. The first teaches
     the prior to predict, the second keeps the posterior predictable. With alpha = None
     (--no-kl-balancing) the loss is the plain KL, with its full gradient to both.
     >>> post = torch.tensor([[1.0, 1.0]]).log().requires_grad_()
@@ -432,7 +432,7 @@ def head_mean(out: Tensor) -> Tensor:
 def twohot_nll(out: Tensor, target: Tensor) -> Tensor:
     """Cross-entropy of a head with bins, out (..., K), target y (...) -> (...).
         - Σ_k twohot(y)[k] · ln softmax(out)[k]
-    twohot(y) is a weight of 1, which the two bins around y share linearly. The gradient
+    twohot(y) splits a weight of 1 linearly between the two bins around y. The gradient
     does not grow with y, as that of a squared error does, so rewards need no tanh.
     >>> out = torch.tensor([0.1, 0.2, 0.7]).log()           # at symexp_bins(3)
     >>> y = symexp_bins(3)[2] / 4                           # ¾ at 0, ¼ at the last
@@ -704,9 +704,9 @@ class WorldModel(nn.Module):
             E_q Σ_t [ -ln p(x[t] | h[t], z[t]) - ln p(r[t] | h[t], z[t])
                       -ln p(γ[t] | h[t], z[t]) + β KL(q(z | h[t], x[t]) ‖ p(z | h[t])) ]
         image (T, B, C, 64, 64) uint8, action (T, B, A), reward, is_first, is_terminal
-        (T, B) -> loss (scalar), posterior State over (T, B), metrics. It is summed over
+        (T, B) -> loss (scalar), posterior State over (T, B), metrics. It sums over
         pixels and latents, averaged over T and B [D7]; discount_scale weighs the
-        discount's term [D14]. The image has 4096 terms against one of the reward.
+        discount's term [D14]. So the image's 4096 terms outweigh the reward's one.
         """
         assert image.shape[-2:] == (64, 64), "images must be (T, B, C, 64, 64)"
         c, target = self.config, preprocess(image)
@@ -769,8 +769,8 @@ def imagine(img_step, actor, start: State, horizon: int) -> tuple[Tensor, Tensor
             actions[1]   actions[2]                          actions[t] led to state t
     img_step: (State, action) -> State, as RSSM.img_step; actor: features -> a policy
     with rsample(), as OneHot; start: State over (N,), detached -> features (H+1, N, F),
-    actions (H+1, N, A). Nothing chose actions[0]: it is zero. Reinforce needs no
-    gradients here, and Agent then calls this without them.
+    actions (H+1, N, A). Nothing chose actions[0]: it is zero. With ρ = 1 no
+    gradients are needed here, and Agent disables them.
     >>> def clock(state, action):                             # a world that only counts
     ...     return State(state.h + 1, state.z, state.logits)
     >>> start = State(torch.zeros(2, 1), torch.zeros(2, 1, 1), torch.zeros(2, 1, 1))
@@ -817,7 +817,7 @@ def open_loop(rssm, embeds: Tensor, actions: Tensor, is_first: Tensor) -> Tensor
 #     returns      V[0]      V[1]      V[2]         V[H-1]      V[H] = v(z[H])
 #
 # r[t] is received on ARRIVING in z[t], so the return V[t] contains it. The critic's
-# v(z[t]) predicts V[t] and contains it, too. So it cancels in the advantage V[t] -
+# v(z[t]) predicts V[t] and contains it, too. So r[t] cancels in the advantage V[t] -
 # v(z[t]), as far as the critic has learned: a_t is credited with what follows it.
 # Each loss has H terms, for the states 0 to H-1 [D16]. Their weights w[t] are in the
 # paper's text, not in its equations.
@@ -855,8 +855,8 @@ def trajectory_weights(discount: Tensor) -> Tensor:
         w[t] = Π_{i < t} γ[i],    w[0] = 1
     discount (H, N) -> weights (H, N). They are detached: otherwise the actor could
     lower its loss by changing how much a state counts, in place of what it is worth.
-    After a predicted end weights are near zero, because the model never saw how a game
-    goes on there. The first is 1, whatever γ[0] is: we ARE in the start state.
+    After a predicted end they are near zero, as γ is, and rightly: the model never saw
+    what follows an end. The first is 1, whatever γ[0] is: we ARE in the start state.
     >>> trajectory_weights(torch.tensor([0.5, 0.5, 0.0, 0.5])).tolist()
     [1.0, 0.5, 0.25, 0.0]
     """
@@ -978,7 +978,7 @@ class Agent(nn.Module):
         self.register_buffer("spread", torch.zeros(()))  # S of advantage_scale
 
         self.to(self.device)
-        if self.device.type != "mps":  # which reads them wrongly: pytorch issue 192212
+        if self.device.type != "mps":  # misreads channels last: pytorch issue 192212
             self.to(memory_format=torch.channels_last)  # faster convolutions
         shared = dict(eps=c.adam_eps, clip=c.grad_clip, decay=c.weight_decay)
         self.optimizers = dict(
@@ -989,8 +989,8 @@ class Agent(nn.Module):
     def autocast(self):
         """In bf16, layers multiply in bfloat16, except in observe; all else stays
         float32. Autocast keeps the bfloat16 copy of a weight until its `with` ends. So
-        no optimiser may step inside one, and no layer run there first without gradients
-        and then with them: the copy would be stale, or pass none on."""
+        no optimiser may step inside one (the copy would be stale), and no layer run
+        there first without gradients and then with them (the copy passes none on)."""
         return torch.autocast(
             self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
@@ -1058,9 +1058,9 @@ class Agent(nn.Module):
         with self.autocast(), torch.set_grad_enabled(rho < 1):
             features, actions = imagine(  # (H+1, N, F), (H+1, N, A)
                 model.rssm.img_step, self.policy, start, c.horizon)
-            reward = head_mean(model.reward_head(features[:-1]))  # r[0]: see Part 7
+            reward = head_mean(model.reward_head(features[:-1]))
             # Start states are real, so it is known which of them ended a game [D13].
-            # Without this a terminal state's return would count rewards imagined after.
+            # Without this a terminal state's return would count rewards after the end.
             discount = torch.cat([
                 c.gamma * (1 - batch["is_terminal"].reshape(1, -1).float()),
                 head_mean(model.discount_head(features[1:-1])).sigmoid()])
@@ -1136,12 +1136,12 @@ class Replay:
     [(3.0, 4.0, 5.0), (4.0, 5.0, 6.0)]
 
     A checkpoint keeps the `count` of rows. A process that is killed has written more
-    since then, over the oldest, and perhaps torn one. So a row has its number while it
-    is whole. Here the checkpoint counts 7 (4 to 7), 8 and 9 came after it, 10 was torn:
+    since then, over the oldest; the last may be torn. So a row stores its number, and 0
+    while it is being written. Here 7 rows are counted, 8 and 9 came later, 10 is torn:
         slot     0    1    2    3
         number   9    0    7    8
-    What follows the counted rows, here 8 and 9, is a true continuation and is kept; of
-    the counted ones those are left that still have their number, here 7.
+    Rows after the counted ones (8, 9) are a true continuation and are kept; of the
+    counted ones those are left whose slot still holds their number (7).
     """
 
     def __init__(self, path: Path, capacity: int, row: Row, count: int = 0, seed=0):
@@ -1168,7 +1168,7 @@ class Replay:
         except (FileNotFoundError, EOFError, ValueError) as error:
             raise UsageError(f"{path}: {error}; choose another --logdir") from None
         while (later := max(map(self.found, (count + 1, count + 2)))) > count:
-            count = later  # of two, because one may be the torn row
+            count = later  # one slot of the two may hold the torn row
         self.count = count
         self.oldest = max(1, self.count - self.length + 1)
         while self.oldest <= self.count and self.found(self.oldest) != self.oldest:
