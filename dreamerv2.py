@@ -715,8 +715,8 @@ class WorldModel(nn.Module):
 
         # In two ablations a head trains as before, but sends the RSSM no gradient.
         seen = feature if c.image_gradients else feature.detach()
-        image_mean = self.decoder(seen).float()
-        image_loss = normal_nll(image_mean, target).sum((-3, -2, -1)).mean()
+        image_nll = normal_nll(self.decoder(seen).float(), target)  # (T, B, C, 64, 64)
+        image_loss = image_nll.sum((-3, -2, -1)).mean()
 
         # The tanh tames games that score by the thousand. It lives here and nowhere
         # else: replay keeps raw rewards, and scores are reported raw.
@@ -746,14 +746,11 @@ class WorldModel(nn.Module):
         loss = image_loss + reward_loss + c.kl_scale * kl_loss
         if c.discount_head:
             loss = loss + c.discount_scale * discount_loss
-        with torch.no_grad():
-            metrics = dict(
-                image_loss=image_loss, reward_loss=reward_loss, kl=kl.mean(),
-                discount_loss=discount_loss, model_loss=loss,
-                image_mse=F.mse_loss(image_mean, target),
-                reward_mse=F.mse_loss(head_mean(out), reward_target),
-                prior_entropy=entropy(prior).sum(-1).mean(),
-                posterior_entropy=entropy(posterior.logits).sum(-1).mean())
+        metrics = dict(
+            model_loss=loss, image_loss=image_loss, reward_loss=reward_loss,
+            discount_loss=discount_loss, kl=kl.mean(),
+            prior_entropy=entropy(prior).sum(-1).mean(),
+            posterior_entropy=entropy(posterior.logits).sum(-1).mean())
         return loss, posterior, {k: v.detach() for k, v in metrics.items()}
 
 
@@ -963,8 +960,8 @@ class Agent(nn.Module):
         self.num_actions, self.updates = num_actions, 0
         self.device, self.precision = torch.device(device), c.precision
         if c.precision == "auto":
-            fast = self.device.type == "cuda" and torch.cuda.is_bf16_supported(False)
-            self.precision = "bf16" if fast else "fp32"
+            gpu = self.device.type == "cuda" and torch.cuda.is_bf16_supported(False)
+            self.precision = "bf16" if gpu else "fp32"
         self.world_model = WorldModel(c, num_actions, channels)
         size, widths = self.world_model.rssm.feature_size, (c.mlp_layers, c.mlp_units)
         self.distribution = TruncatedNormal if continuous else OneHot
@@ -1148,18 +1145,13 @@ class Replay:
         dtype = np.dtype([("number", np.int64)] + [
             (name, x.dtype, x.shape[1:]) for name, x in zip(Row._fields, row)])
         self.num_envs, self.random = len(row.image), np.random.default_rng(seed)
-        self.length = capacity // self.num_envs
+        self.count, self.length = count, capacity // self.num_envs
         shape = (self.num_envs, self.length)
-        if not path.exists() and not count:
-            new = path.with_suffix(".new")  # a kill, or a full disk, leaves no half
-            try:
-                np.lib.format.open_memmap(new, "w+", dtype, shape)
-                if hasattr(os, "posix_fallocate"):  # else it would kill by SIGBUS later
-                    with open(new, "r+b") as file:
-                        os.posix_fallocate(file.fileno(), 0, new.stat().st_size)
-                os.replace(new, path)
-            finally:
-                new.unlink(missing_ok=True)
+        if not count:
+            np.lib.format.open_memmap(path, "w+", dtype, shape)
+            if hasattr(os, "posix_fallocate"):  # or a full disk kills by SIGBUS later
+                with open(path, "r+b") as file:
+                    os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
         try:
             np.load(path, "r")  # refuses a file that was cut short, "r+" would fill it
             self.rows = np.asarray(np.load(path, "r+"))
@@ -1167,9 +1159,9 @@ class Replay:
                 raise ValueError("it holds other rows")
         except (FileNotFoundError, EOFError, ValueError) as error:
             raise UsageError(f"{path}: {error}; choose another --logdir") from None
-        while (later := max(map(self.found, (count + 1, count + 2)))) > count:
-            count = later  # one slot of the two may hold the torn row
-        self.count = count
+        # The next row's slot may hold the torn one, so the slot after it counts, too.
+        while max(self.found(self.count + 1), self.found(self.count + 2)) > self.count:
+            self.count += 1
         self.oldest = max(1, self.count - self.length + 1)
         while self.oldest <= self.count and self.found(self.oldest) != self.oldest:
             self.oldest += 1
@@ -1262,10 +1254,11 @@ class PlainGame(gymnasium.Wrapper):
         super().__init__(env)
         images, actions = env.observation_space, env.action_space
         shape = images.shape if isinstance(images, Box) else ()
-        if images.dtype != np.uint8 or len(shape) not in (2, 3) or shape[2:] > (4,):
+        channels = shape[2] if len(shape) == 3 else 1
+        if images.dtype != np.uint8 or len(shape) not in (2, 3) or channels > 4:
             raise UsageError("a wrapper must make uint8 images (H, W) or (H, W, C <= 4)"
                              f" of its observations, {images}")
-        self.observation_space = Box(0, 255, (*shape[2:], 1)[:1] + (64, 64), np.uint8)
+        self.observation_space = Box(0, 255, (channels, 64, 64), np.uint8)
         if isinstance(actions, Discrete):
             self.action_space = Discrete(int(actions.n))
         elif isinstance(actions, Box) and actions.is_bounded() and (
@@ -1407,14 +1400,13 @@ def draw_dream(agent: Agent, envs: Envs, seed: int) -> np.ndarray:
     the top: what happened; what the model says, which sees the first 5 images (under a
     white line), then only actions; half the difference, gray where it is 0."""
     seen, model = 5, agent.world_model
-    playing = play(agent, envs, seed, greedy=False)
-    rows = [row for row, _ in itertools.islice(playing, 200, 400)]
-    batch = [torch.from_numpy(np.concatenate(field)).to(agent.device)
-             for field in zip(*rows)]
-    image, action, _, is_first, _ = (  # each (T = 50, B = 4, ...)
-        x.unflatten(0, (4, 50)).transpose(0, 1) for x in batch)
-    is_first[0], truth = True, preprocess(image)
-    features = open_loop(model.rssm, model.encoder(truth[:seen]), action, is_first)
+    played = itertools.islice(play(agent, envs, seed, greedy=False), 200, 400)
+    batch = (torch.from_numpy(np.concatenate(x)).to(agent.device)
+             for x in zip(*(row for row, _ in played)))
+    row = Row(*(x.unflatten(0, (4, 50)).transpose(0, 1) for x in batch))  # (T, B, ...)
+    row.is_first[0], truth = True, preprocess(row.image)
+    features = open_loop(
+        model.rssm, model.encoder(truth[:seen]), row.action, row.is_first)
     guess = model.decoder(features).clamp(-0.5, 0.5)
     tiles = [F.pad(x, (0, 1, 0, 1)) for x in (truth, guess, (guess - truth) / 2)]
     film = torch.cat(torch.cat(tiles, dim=-2).unbind(1), dim=-1)
@@ -1466,7 +1458,7 @@ def to_png(frames: np.ndarray, milliseconds: int = 100) -> bytes:
 # settings; checkpoint.pt, at most a minute old; replay.npy, whose rows after the
 # checkpoint are known by their numbers; metrics.jsonl, from which the next start cuts
 # the lines after the checkpoint. In: a Config. Out: that folder, and an exit status.
-# Predict: 4 gradient steps in 2 seconds: what does a line say of their speed?
+# Predict: a second process is started in the same folder: what happens?
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -1499,8 +1491,6 @@ def load_agent(config: Config, envs: Envs) -> tuple[Agent, dict]:
           f" {agent.precision} on {device}, rho {agent.schedule(0)[0]:g}")
     n = dict(step=0, frames=0, updates=0, wall_time_s=0.0, rows=0, log_bytes=0)
     log = path.with_name("metrics.jsonl")
-    if not path.exists() and log.exists() and log.stat().st_size:
-        raise UsageError(f"{path} is missing: choose another --logdir")
     if path.exists():
         try:
             saved = torch.load(path, map_location="cpu", weights_only=True)
@@ -1512,12 +1502,21 @@ def load_agent(config: Config, envs: Envs) -> tuple[Agent, dict]:
             adam.load_state_dict(adam.state_dict() | dict(state=state))
         n, agent.updates = saved["counters"], saved["counters"]["updates"]
         torch.manual_seed(config.seed + n["rows"])
+    elif log.exists() and log.stat().st_size:
+        raise UsageError(f"{path} is missing: choose another --logdir")
     return agent, n
 
 
 def lock(folder: Path) -> sqlite3.Connection:
     """One process a folder. SQLite's file locks vanish with their process on every
-    system, however it dies, so an open transaction is the lock."""
+    system, however it dies, so an open transaction is the lock.
+    >>> import tempfile
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> held = lock(Path(folder.name))
+    >>> try: lock(Path(folder.name))
+    ... except UsageError: print("the second is told to go elsewhere")
+    the second is told to go elsewhere
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         connection = sqlite3.connect(folder / "lock", timeout=0)
@@ -1528,27 +1527,12 @@ def lock(folder: Path) -> sqlite3.Connection:
                          f" no locks: {error}") from None
 
 
-def make_line(totals: dict, before: dict, ended: list, means: dict) -> dict:
-    """A line of metrics.jsonl: running totals; since the line before, rates a second
-    and means of the episodes that ended (null if none did); then means of losses.
-    >>> now, before = (dict(updates=u, frames=4 * u, wall_time_s=u / 2) for u in (6, 2))
-    >>> line = make_line(now, before, [[1.0, 20], [2.0, 40]], dict(kl=3.0))
-    >>> [line[k] for k in ("updates_per_s", "frames_per_s", "episode_return", "kl")]
-    [2.0, 8.0, 1.5, 3.0]
-    """
-    seconds = max(1e-9, totals["wall_time_s"] - before["wall_time_s"])
-    rates = {f"{k}_per_s": (totals[k] - before[k]) / seconds
-             for k in ("updates", "frames")}
-    score, length = np.mean(ended, 0).tolist() if ended else (None, None)
-    return totals | rates | dict(episode_return=score, episode_length=length) | means
-
-
 def train(config: Config, signals=()) -> int:
     """Begin the run of config.logdir, or go on with it, until its steps are made or a
     signal comes (a list to which a handler appends); returns the exit status."""
     c, folder = config, Path(config.logdir)
     log, path = folder / "metrics.jsonl", folder / "checkpoint.pt"
-    print("evaluations need a second game; --eval-episodes 0 makes none")
+    print("opening one game to learn, one to evaluate (none with --eval-episodes 0)")
     with (closing(make_envs(c, c.num_envs)) as envs,
           closing(make_envs(c)) if c.eval_episodes else nullcontext() as judge,
           closing(lock(folder))):
@@ -1561,11 +1545,10 @@ def train(config: Config, signals=()) -> int:
         with open(log, "a") as file:
             file.truncate(min(file.tell(), n["log_bytes"]))
         began, saved_at = time.monotonic() - n["wall_time_s"], -math.inf
-        last_line, period, ended, done = n, [], [], n["step"] >= c.steps
-        quiet = not getattr(sys.stderr, "isatty", bool)()  # bool() is False
-        bar = tqdm(total=c.steps, unit="step", disable=quiet, ncols=80, nrows=20,
-                   initial=min(n["step"], c.steps))
-        say = print if quiet else bar.write
+        last, period, ended, done = n, [], [], n["step"] >= c.steps
+        bar = tqdm(total=c.steps, initial=min(n["step"], c.steps), unit="step",
+                   disable=None, file=sys.stderr or io.StringIO(), ncols=80, nrows=20)
+        say = print if bar.disable else bar.write
         while not (done or signals):
             # Act: at random while the replay fills, then as the actor says.
             before = n["step"]
@@ -1593,27 +1576,29 @@ def train(config: Config, signals=()) -> int:
             scores, every = {}, c.eval_every_steps
             if judge and agent.updates and (done or step // every > before // every):
                 mean = evaluate(agent, judge, c.eval_episodes, step).mean(0).tolist()
-                scores = dict(eval_return=mean[0], eval_length=mean[1])
+                scores = dict(zip(("eval_return", "eval_length"), mean))
                 write_file(folder / "dream.png", to_png(draw_dream(agent, judge, step)))
 
-            # Log. Numbers are read only for a line or before a checkpoint, because the
-            # CPU then has to wait for a GPU.
-            n = dict(step=step, frames=step * envs.frames_per_step,
-                     updates=agent.updates, rows=replay.count,
-                     wall_time_s=time.monotonic() - began)
+            # Log: totals, and means since the line before. Numbers are read only for a
+            # line or a checkpoint, because the CPU then has to wait for a GPU.
+            n = dict(step=step, frames=step * envs.frames_per_step, rows=replay.count,
+                     updates=agent.updates, wall_time_s=time.monotonic() - began)
             ending, every, means = done or bool(signals), c.log_every_steps, {}
             write = ending or step // every > before // every
             save = ending or time.monotonic() >= saved_at + 60 * c.checkpoint_minutes
             if period and (write or save):
                 means = dict(zip(metrics, torch.stack(period).mean(0).tolist()))
                 if not all(map(math.isfinite, means.values())):
-                    sys.exit(f"not finite: {means}; {path} is from before that")
+                    raise UsageError(f"not finite: {means}; {path} is from before")
             if scores or period and write:
-                line = make_line(n, last_line, ended, means) | scores
+                score, length = np.mean(ended, 0).tolist() if ended else (None, None)
+                new, seconds = (n[k] - last[k] for k in ("updates", "wall_time_s"))
+                means |= dict(episode_return=score, episode_length=length) | scores
+                line = n | dict(updates_per_s=new / max(seconds, 1e-9)) | means
                 with open(log, "a") as file:
                     file.write(json.dumps(line) + "\n")
-                say(f"{step:,}/{c.steps:,} decisions, score {line['episode_return']}")
-                last_line, period, ended = n, [], []
+                say(f"{step:,}/{c.steps:,} decisions, score {score}")
+                last, period, ended = n, [], []
 
             # Save.
             if save:
@@ -1678,90 +1663,86 @@ def choose_settings(typed: dict) -> Config:
     negative, what counts things is at least 1, and a sequence fits into the replay and
     into its first random rows."""
     typed = {name: value for name, value in typed.items() if value != "auto"}
-    on_gpu = pick_device(typed.get("device", "auto")).type == "cuda"
-    preset = typed.get("preset", "atari" if on_gpu else "small")
+    device = pick_device(typed.get("device", "auto")).type
+    preset = typed.get("preset", "atari" if device == "cuda" else "small")
     why = "as asked" if "preset" in typed else (
-        "for a CUDA GPU; --preset small is for a CPU" if on_gpu else
-        "for a CPU; --preset atari is the paper's, for a CUDA GPU; Breakout needs that")
+        f"for a {device}; --preset atari is for a CUDA GPU, --preset small for a CPU")
     c = Config(**dict(preset=preset) | read_flags(PRESETS[preset].split()) | typed)
     name = re.sub(r"[^\w.-]", "_", c.game)
     c.logdir = os.path.expanduser(c.logdir or f"runs/{name}-{preset}-seed{c.seed}")
     path = Path(c.logdir, "config.json")
-    if path.exists():
-        why = f"the settings of {path}"
+    if os.path.exists(path):  # False if the name is too long
+        why, stored = f"the settings of {path}", {}
         try:
-            stored = json.loads(path.read_text())
-            for name, value in stored.items():
-                kind = type(getattr(Config, name))
-                if not isinstance(value, (float, int) if kind is float else kind):
-                    raise TypeError(f"{name} {value!r}")
+            for name, value in json.loads(path.read_text()).items():
+                stored[name] = type(getattr(Config, name))(value)
+                if stored[name] != value:
+                    raise ValueError(f"{name} {value!r}")
         except (ValueError, TypeError, AttributeError) as error:
             raise UsageError(f"{path} is damaged or of another version: {error}; choose"
                              " another --logdir") from None
-        for name in set(typed) & set(stored) - set(MAY_CHANGE.split()):
+        for name in (typed.keys() & stored.keys()) - set(MAY_CHANGE.split()):
             if stored[name] != getattr(c, name):
                 raise UsageError(f"{path} has {name} {stored[name]}, not"
                                  f" {getattr(c, name)}: choose another --logdir")
-        c = Config(**vars(c) | {k: v for k, v in stored.items() if k not in typed})
+        c = Config(**vars(c) | {k: stored[k] for k in stored.keys() - typed.keys()})
     print(f"preset {c.preset}: {why}")
     for name, value in vars(c).items():  # nan and inf fail, too
-        may_be_0 = isinstance(value, float) or name in MAY_BE_0
-        if not isinstance(value, (str, bool)) and not 1 - may_be_0 <= value < math.inf:
-            raise UsageError(f"{name} {value}: must be at least {1 - may_be_0}")
+        least = 0 if isinstance(value, float) or name in MAY_BE_0 else 1
+        if not isinstance(value, (str, bool)) and not least <= value < math.inf:
+            raise UsageError(f"{name} {value}: must be at least {least}")
     rows = min(c.prefill_steps, c.replay_capacity) // c.num_envs
     if c.seq_len > rows:
-        raise UsageError(f"seq_len {c.seq_len}: prefill_steps and replay_capacity give"
-                         f" {rows} rows of each environment")
+        raise UsageError(f"seq_len {c.seq_len}: prefill_steps, replay_capacity: {rows}")
     return c
 
 
-def show(config: Config, dream: bool) -> int:
-    """--dream: what the model predicts. --eval: scores of whole episodes, and 200 steps
-    of play. Pictures come into the current folder; the run's is only read."""
+def show(config: Config, what: str) -> int:
+    """dream: what the model predicts. eval: scores of whole episodes, and 200 steps of
+    play. Pictures come into the current folder; the run's is only read."""
     folder = Path(config.logdir)
-    if not (folder / "checkpoint.pt").exists():
+    if not os.path.exists(folder / "checkpoint.pt"):
         raise UsageError(f"no checkpoint in {folder}: train first, or --logdir")
     with closing(make_envs(config)) as envs:
         agent, n = load_agent(config, envs)
         seed = n["step"] + 1  # not the episodes of the run's own evaluation
-        if not dream:
+        if what == "eval":
             score, length = evaluate(agent, envs, max(1, config.eval_episodes), seed).T
             print(f"episodes: {len(score)}, mean score {score.mean():.2f}, standard"
                   f" deviation {score.std():.2f}, {length.mean():.0f} decisions each")
-        frames = (draw_dream if dream else draw_play)(agent, envs, seed)
-    path = Path(f"{folder.resolve().name[:40]}-{'dream' if dream else 'eval'}.png")
+        frames = (draw_dream if what == "dream" else draw_play)(agent, envs, seed)
+    path = Path(f"{folder.resolve().name[:40]}-{what}.png")
     write_file(path, to_png(frames))
     print(f"{path}: an animation of {len(frames)} frames")
     return 0
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+    """The command line; returns the exit status. The first Ctrl-C or SIGTERM ends a run
+    after the decision in hand, the second at once."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # for consoles that know no Greek letters
             stream.reconfigure(errors="replace", line_buffering=True)
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # where your_module:YourGame-v0 may lie
+    sys.path.append(os.getcwd())  # where your_module:YourGame-v0 may lie
     signals = []
 
     def stop(number, frame):
-        if signals:
-            raise KeyboardInterrupt
         print("stopping after this decision (again: at once); the same command goes on")
         signals.append(int(number))
+        signal.signal(number, signal.default_int_handler)
 
     typed = read_flags(argv)
-    shows = [name for name in ("eval", "dream") if typed.pop(name, False)]
+    what = [name for name in ("eval", "dream") if typed.pop(name, False)]
     try:
         config = choose_settings(typed)
-        if shows:
-            return show(config, "dream" in shows)
+        if what:
+            return show(config, *what)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, stop)
         return train(config, signals)
     except (UsageError, OSError) as error:
-        if isinstance(error, OSError) and error.errno not in (
-                errno.ENOSPC, errno.EFBIG, errno.ENAMETOOLONG):
+        full = (errno.ENOSPC, errno.EFBIG)  # the disk, or the user's share of it
+        if isinstance(error, OSError) and error.errno not in full:
             raise  # it may be the user's game's, and its traceback names the line
         print("dreamerv2.py:", *str(error).split(), file=sys.stderr)
         return 2
