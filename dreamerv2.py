@@ -86,9 +86,8 @@ this file departs from one, that has a number, and a flag or a test that holds i
 COST at the paper's size: 22.2M parameters, 12.5M gradient steps of 2.37 TFLOP, a replay
 of 8.36 GB; the authors' V100 took under 10 days. HEALTH: image_loss sinks towards 3764
 (no error at all; 11 292 in colour), kl rises to some nats, actor_entropy sinks slowly
-from ln 18 = 2.89. The authors' scores rise within 2M frames in Boxing, Freeway and
-Pong, after 20M in Breakout. They are not reproduced, since nothing was trained here at
-the paper's size: tests compare losses, gradients and updates with the authors' code.
+from ln 18 = 2.89. Nothing was trained here at the paper's size: tests compare losses,
+gradients and updates with the authors' code.
 """
 from __future__ import annotations
 
@@ -263,8 +262,6 @@ def straight_through_sample(logits: Tensor) -> Tensor:
     arrival = -torch.rand_like(probs).log() / probs.detach()
     first = arrival.argmin(-1, keepdim=True)
     sample = torch.zeros_like(probs).scatter_(-1, first, 1.0)
-    if not logits.requires_grad:  # as in imagination with ρ = 1
-        return sample
     # Without the two probs the sample is a constant: no loss would reach the encoder
     # through z. The brackets let them cancel exactly.
     return sample + (probs - probs.detach())
@@ -297,9 +294,10 @@ def balanced_kl(posterior, prior, alpha, divergence=categorical_kl, free_bits=0.
     """KL balancing: train the prior faster than the posterior. [Alg. 2]
         loss = α KL(sg(posterior) ‖ prior) + (1 - α) KL(posterior ‖ sg(prior))
     posterior, prior: logits (..., S, K) -> (loss, kl), each (...) in nats. Both terms
-    have the same value, the KL; only their gradients differ. The first teaches
-    the prior to predict, the second keeps the posterior predictable. With alpha = None
-    (--no-kl-balancing) the loss is the plain KL, with its full gradient to both.
+    have the same value, the KL. The first teaches the prior to predict, the second
+    keeps the posterior predictable. With alpha = None (--no-kl-balancing) the loss is
+    the plain KL, with its full gradient to both. DreamerV3's free bits make each term
+    of a state max(free_bits, KL), so that a KL below that has no gradient.
     >>> post = torch.tensor([[1.0, 1.0]]).log().requires_grad_()
     >>> prior = torch.tensor([[3.0, 1.0]]).log().requires_grad_()
     >>> loss, kl = balanced_kl(post, prior, alpha=0.75)
@@ -311,9 +309,6 @@ def balanced_kl(posterior, prior, alpha, divergence=categorical_kl, free_bits=0.
     >>> loss, _ = balanced_kl(post, post.detach(), alpha=0.75)    # equal: KL 0 ...
     >>> loss.item(), torch.autograd.grad(loss, post)[0].tolist()    # ... and no pull
     (0.0, [[0.0, 0.0]])
-
-    DreamerV3's free bits: each term in each state is max(free_bits, KL). A KL below
-    that has no gradient, so that latents may carry a little information at no cost.
     """
     if alpha is None:
         kl = divergence(posterior, prior)
@@ -329,7 +324,6 @@ def balanced_kl(posterior, prior, alpha, divergence=categorical_kl, free_bits=0.
 class OneHot:
     """The policy over A discrete actions, from finite logits (..., A): its likeliest
     action (..., A) is `mode`; rsample carries the gradient of the probabilities."""
-
     def __init__(self, logits: Tensor):
         self.logits = logits
 
@@ -347,8 +341,8 @@ class OneHot:
         return categorical_entropy(self.logits)
 
 
-# What follows in this part may be skipped at first: Gaussian latents (an ablation) and
-# continuous actions, then what DreamerV3 changed.
+# The rest of this part may be skipped at first. It serves Gaussian latents (an
+# ablation), continuous actions, and what DreamerV3 changed.
 
 
 def gaussian(params: Tensor) -> torch.distributions.Normal:
@@ -371,7 +365,6 @@ class TruncatedNormal:
     >>> policy.rsample().abs().max().item() <= 1, round(policy.entropy()[0].item(), 3)
     (True, 0.686)
     """
-
     def __init__(self, params: Tensor):
         raw = gaussian(params)
         self.mode = raw.mean.tanh()
@@ -416,9 +409,8 @@ def symexp_bins(count: int, device=None) -> Tensor:
 
 def head_mean(out: Tensor) -> Tensor:
     """The number that a head predicts, (...), from its output: (..., 1) is that number,
-    (..., K) are logits of the symexp_bins, whose mean is Σ_k p[k]·bins[k]. The bins are
-    symmetric, so that is half of Σ_k (p[k] - p[K-1-k])·bins[k]: in this form equal
-    probabilities cancel exactly, whatever the rounding.
+    (..., K) are logits of the symexp_bins, whose mean is Σ_k p[k]·bins[k]. As the bins
+    are symmetric, that is ½ Σ_k (p[k] - p[K-1-k])·bins[k], exactly 0 for equal p.
     >>> head_mean(torch.zeros(255)).item()
     0.0
     """
@@ -522,10 +514,9 @@ class LayerNormGRUCell(nn.Module):
         c  = tanh(σ(reset) · cand)
         u  = σ(update - 1)
         h' = u · c + (1 - u) · h
-    x (..., input), h (..., D) -> h' (..., D). Beside the norm (no other layer has one;
-    its ε is Keras's), three things differ from torch's GRUCell: the reset gate scales
-    all of the candidate, input part too; the bias of -1 makes it slow to forget at
-    first (u = σ(-1) = 0.27); u weighs the NEW candidate.
+    x (..., input), h (..., D) -> h' (..., D). No other layer here has a norm. torch's
+    GRUCell has none either, its reset gate leaves the input's part of the candidate
+    alone, it subtracts no 1, and its u weighs the OLD state.
     >>> cell = LayerNormGRUCell(2, 1)
     >>> for p in cell.parameters(): _ = nn.init.zeros_(p)   # all gates zero
     >>> round(cell(torch.zeros(1, 2), torch.ones(1, 1)).item(), 4)      # 1 - σ(-1)
@@ -577,8 +568,8 @@ class State(NamedTuple):
 class RSSM(nn.Module):
     """Recurrent state-space model with categorical latents. [Eq. 1]
     `img_step` goes on without an image (imagination), `obs_step` with one (acting), and
-    `observe` through a whole sequence (training). Weights and inputs are float32; to
-    compute in bfloat16 use torch.autocast, as Agent does.
+    `observe` through a whole sequence (training). Weights and inputs are float32, also
+    under torch.autocast, which is how Agent computes in bfloat16.
     >>> rssm = RSSM(action_dim=2, embed_dim=12, num_latents=3, num_classes=4,
     ...             deter_size=8, hidden_size=7)
     >>> posterior, prior_logits = rssm.observe(
@@ -591,7 +582,6 @@ class RSSM(nn.Module):
     With discrete=False (--no-discrete-latents) z is S·K Gaussians, where the authors
     have S, and what is called logits are their params (..., S, 2K), see `gaussian`.
     """
-
     def __init__(self, action_dim, embed_dim, num_latents=32, num_classes=32,
                  deter_size=600, hidden_size=600, layer_norm=True, unimix=0.0,
                  discrete=True):
@@ -670,8 +660,7 @@ class RSSM(nn.Module):
 
 def normal_nll(mean: Tensor, target: Tensor) -> Tensor:
     """-ln Normal(target; mean, 1) of each element: half the squared error, plus 0.919.
-    The constant trains nothing, but with it a perfect image has a loss of 3764, or of
-    11 292 if it has three colours:
+    The constant trains nothing, but sets the loss of a perfect image, gray or colour:
     >>> [round(normal_nll(x, x).sum().item()) for x in (
     ...  torch.zeros(1, 64, 64), torch.zeros(3, 64, 64))]
     [3764, 11292]
@@ -686,7 +675,6 @@ def preprocess(image: Tensor) -> Tensor:
 
 class WorldModel(nn.Module):
     """Encoder, RSSM, image, reward and discount heads, and their loss. [Eq. 2]"""
-
     def __init__(self, config: Config, num_actions: int, channels: int = 1):
         super().__init__()
         self.config = c = config
@@ -727,10 +715,9 @@ class WorldModel(nn.Module):
         if c.symexp_twohot:
             reward_loss = twohot_nll(out, reward_target).mean()
 
-        # The target is soft, γ or 0 in place of 1 or 0, so that the head's mean is the
-        # discount itself: nothing multiplies by γ again. With a target of 1 imagined
-        # returns would not be discounted. An episode that is cut by a time limit is not
-        # terminal and keeps its γ.
+        # The target is γ or 0, so that the head's mean is the discount itself. With a
+        # target of 1 imagined returns would not be discounted. An episode that is cut
+        # by a time limit is not terminal and keeps its γ.
         discount_target = c.gamma * (1 - is_terminal.float())
         logit = self.discount_head(feature).squeeze(-1).float()
         discount_loss = F.binary_cross_entropy_with_logits(logit, discount_target)
@@ -816,8 +803,8 @@ def open_loop(rssm, embeds: Tensor, actions: Tensor, is_first: Tensor) -> Tensor
 # r[t] is received on ARRIVING in z[t], so the return V[t] contains it. The critic's
 # v(z[t]) predicts V[t] and contains it, too. So r[t] cancels in the advantage V[t] -
 # v(z[t]), as far as the critic has learned: a_t is credited with what follows it.
-# Each loss has H terms, for the states 0 to H-1 [D16]. Their weights w[t] are in the
-# paper's text, not in its equations.
+# The losses count the states 0 to H-1 [D16], with weights w[t] that are in the paper's
+# text, not in its equations.
 # In: (H, N) tensors, values (H+1, N). Out: returns (H, N), and scalars to minimise.
 # Predict: rewards 1, 2, values 8, 4, 2, discounts ½: the returns with λ = ½?
 
@@ -826,9 +813,8 @@ def lambda_return(reward, value, discount, lambda_: float) -> Tensor:
     """λ-returns: a weighted mean of all n-step returns. [Eq. 4]
         V[t] = r[t] + γ[t] · ((1 - λ) · v(z[t+1]) + λ · V[t+1]),    V[H] = v(z[H])
     value (H+1, N); reward and discount (H, N), or (H+1, N) whose last entry is not used
-    -> returns (H, N). r[t] came on ARRIVING in z[t]; γ[t] is 0 if that ended the game.
-    The value is that of the NEXT state: v(z[t]) would teach the critic r / (1 - γ), as
-    if the game stayed there for ever.
+    -> returns (H, N). γ[t] is 0 if arriving in z[t] ended the game. The value is of the
+    NEXT state: v(z[t]) would teach the critic that the game stays there for ever.
     >>> r, v = torch.tensor([1.0, 2.0]), torch.tensor([8.0, 4.0, 2.0])
     >>> g = torch.tensor([0.5, 0.5])
     >>> lambda_return(r, v, g, 0.5).tolist()        # 1 + ½·(½·4 + ½·3),  2 + ½·2
@@ -852,8 +838,7 @@ def trajectory_weights(discount: Tensor) -> Tensor:
         w[t] = Π_{i < t} γ[i],    w[0] = 1
     discount (H, N) -> weights (H, N). They are detached: otherwise the actor could
     lower its loss by changing how much a state counts, in place of what it is worth.
-    After a predicted end they are near zero, as γ is, and rightly: the model never saw
-    what follows an end. The first is 1, whatever γ[0] is: we ARE in the start state.
+    After a predicted end they are near zero: the model never saw what follows an end.
     >>> trajectory_weights(torch.tensor([0.5, 0.5, 0.0, 0.5])).tolist()
     [1.0, 0.5, 0.25, 0.0]
     """
@@ -890,7 +875,7 @@ def actor_loss(log_prob, entropy, returns, baseline, weights, *, entropy_scale,
     detached; entropy (H, N) of the policy there; returns, baseline, weights (H, N) ->
     loss (scalar), metrics. For ρ < 1, returns carry the actor's gradient. Subtracting
     v(z[t]), which knows nothing of a_t, keeps the mean gradient, at far less variance.
-    DreamerV3 divides the advantage by advantage_scale, see Agent.advantage_scale.
+    advantage_scale divides the advantage in DreamerV3.
     >>> logits = torch.zeros(1, 2).requires_grad_()              # two equal actions
     >>> log_prob, ent = logits.log_softmax(-1)[:, 0], torch.zeros(1)  # chose the first
     >>> V, v, w = torch.tensor([3.0]), torch.tensor([1.0]), torch.ones(1)
@@ -922,8 +907,7 @@ def actor_loss(log_prob, entropy, returns, baseline, weights, *, entropy_scale,
 class Optimizer:
     """Adam with global-norm clipping and decoupled decay, for the weights of a module
     that require a gradient. Authors' code: clip the gradient, then w <- (1 - decay)·w,
-    NOT times the learning rate, then Adam. AdamW decays by lr·weight_decay, hence the
-    division.
+    NOT times the learning rate, as AdamW has it, then Adam.
     >>> layer = nn.Linear(1, 1)
     >>> _ = nn.init.ones_(layer.weight)
     >>> opt = Optimizer(layer, lr=0.5, eps=0.0, clip=100.0, decay=0.25)
@@ -952,7 +936,6 @@ class Optimizer:
 
 class Agent(nn.Module):
     """World model, actor, critic, slow critic, and their three optimisers."""
-
     def __init__(self, config: Config, num_actions: int, channels: int = 1,
                  device: torch.device | str = "cpu", continuous: bool = False):
         super().__init__()
@@ -1140,7 +1123,6 @@ class Replay:
     Rows after the counted ones (8, 9) are a true continuation and are kept; of the
     counted ones those are left whose slot still holds their number (7).
     """
-
     def __init__(self, path: Path, capacity: int, row: Row, count: int = 0, seed=0):
         dtype = np.dtype([("number", np.int64)] + [
             (name, x.dtype, x.shape[1:]) for name, x in zip(Row._fields, row)])
@@ -1249,7 +1231,6 @@ class PlainGame(gymnasium.Wrapper):
     """A Gymnasium game with images (C, 64, 64), and with actions that count from 0 or
     lie in [-1, 1]; UsageError names what does not fit. Infos are left out, since a
     vector environment fails to merge those that change their shape."""
-
     def __init__(self, env: gymnasium.Env):
         super().__init__(env)
         images, actions = env.observation_space, env.action_space
@@ -1287,7 +1268,6 @@ class Envs:
     the step AFTER an episode's end (NEXT_STEP, the default). That step ignores the
     action and returns the next episode's first image: a row with is_first, which is no
     decision. `ended` lists [raw score, decisions] of episodes that ended with a row."""
-
     def __init__(self, vector_env, action_repeat: int):
         actions, self.frames_per_step = vector_env.single_action_space, action_repeat
         self.vector_env, self.num_envs = vector_env, vector_env.num_envs
