@@ -86,8 +86,8 @@ this file departs from one, that has a number, and a flag or a test that holds i
 COST at the paper's size: 22.2M parameters, 12.5M gradient steps of 2.37 TFLOP, a replay
 of 8.36 GB; the authors' V100 took under 10 days. HEALTH: image_loss sinks towards 3764
 (no error at all; 11 292 in colour), kl rises to some nats, actor_entropy sinks slowly
-from ln 18 = 2.89. Nothing was trained here at the paper's size: tests compare losses,
-gradients and updates with the authors' code.
+from ln 18 = 2.89. Nothing was trained at that size here. Tests compare losses and
+updates with the authors' code.
 """
 from __future__ import annotations
 
@@ -780,8 +780,7 @@ def imagine(img_step, actor, start: State, horizon: int) -> tuple[Tensor, Tensor
 
 def open_loop(rssm, embeds: Tensor, actions: Tensor, is_first: Tensor) -> Tensor:
     """Features (T, B, F) of T rows, of which the model sees only the first images:
-    embeds (< T, B, E). After them it only hears what was done, actions (T, B, A), and
-    where episodes start, is_first (T, B)."""
+    embeds (< T, B, E). Of all it hears actions (T, B, A) and is_first (T, B)."""
     seen = len(embeds)
     states, _ = rssm.observe(embeds, actions[:seen], is_first[:seen])
     state, features = State(*(x[-1] for x in states)), [*states.feature]
@@ -848,9 +847,8 @@ def trajectory_weights(discount: Tensor) -> Tensor:
 def critic_loss(value: Tensor, returns: Tensor, weights: Tensor, bin_logits=None):
     """Squared error towards the returns. [Eq. 5]
         mean over t, n of  w[t] · ½ (v(z[t]) - sg(V[t]))²
-    value, returns, weights (H, N), t = 0 .. H-1 -> loss (scalar), metrics. [D7] Where
-    bin_logits (H, N, K) are given, of which value is the mean, the loss is DreamerV3's
-    twohot_nll.
+    value, returns, weights (H, N), t = 0 .. H-1 -> loss (scalar), metrics. [D7] Given
+    bin_logits (H, N, K), of which value is the mean, it is DreamerV3's twohot_nll.
     >>> v, V = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 6.0])
     >>> w = torch.tensor([1.0, 0.5])
     >>> critic_loss(v, V, w)[0].item()              # (1·½·4 + ½·½·16) / 2
@@ -1013,9 +1011,8 @@ class Agent(nn.Module):
 
     def advantage_scale(self, returns: Tensor) -> Tensor | float:
         """What advantages are divided by: 1; in DreamerV3 max(return_scale, S), where S
-        is a running mean of the returns' range from the 5th to the 95th percentile.
-        Large returns are scaled down, so that one η fits all games; small ones, which
-        may be noise, are not scaled up."""
+        is a running mean of the returns' range from the 5th to the 95th percentile. So
+        one η fits large returns, too; small ones, maybe noise, are not scaled up."""
         if not self.config.return_scale:
             return 1.0
         returns = returns.detach()
@@ -1442,8 +1439,7 @@ def to_png(frames: np.ndarray, milliseconds: int = 100) -> bytes:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """The new file is whole, and on the disk, before it takes the old one's name. So a
-    kill at any moment leaves one of the two."""
+    """The new file is whole and on the disk before it takes the old one's name."""
     new = path.with_name(f"{path.name}.new")
     with open(new, "wb") as file:
         file.write(data)
@@ -1453,8 +1449,7 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 def save_checkpoint(path: Path, agent: Agent, **counters) -> None:
-    """Weights, Adam's state and counters. Settings are in config.json alone, and random
-    numbers are seeded anew by the next start."""
+    """Weights, Adam's state and counters; the next start seeds random numbers anew."""
     adam = {k: o.adam.state_dict()["state"] for k, o in agent.optimizers.items()}
     data = io.BytesIO()  # torch.save would meet a full disk with a RuntimeError
     torch.save(dict(agent=agent.state_dict(), adam=adam, counters=counters), data)
@@ -1640,8 +1635,7 @@ def stored_settings(config: Config) -> bytes:
 
 def choose_settings(typed: dict) -> Config:
     """The settings of a new or of a resumed run; says where they are from. No number is
-    negative, what counts things is at least 1, and a sequence fits into the replay and
-    into its first random rows."""
+    negative, what counts is at least 1, a sequence fits into the first random rows."""
     typed = {name: value for name, value in typed.items() if value != "auto"}
     device = pick_device(typed.get("device", "auto")).type
     preset = typed.get("preset", "atari" if device == "cuda" else "small")
