@@ -15,7 +15,7 @@ from nothing but the sequences that this model imagines.
     python dreamerv2.py --game Breakout       # train; the same command resumes the run
     python dreamerv2.py --game Catch --preset small --steps 12000   # minutes on a CPU
     python dreamerv2.py --game Catch --preset small --eval    # watch that agent play
-    python -m doctest dreamerv2.py            # run the examples, which answer "Predict"
+    python -m doctest dreamerv2.py            # run the examples in the docstrings
 
 THE LOOP, with the paper's numbers, and the part of this file that holds each line:
     read the settings                                                       Parts 1, 13
@@ -30,7 +30,7 @@ THE LOOP, with the paper's numbers, and the part of this file that holds each li
                 predict rewards, discounts, values; λ-returns    [Eq. 4]         Part 7
             critic: move v(z) towards the returns                [Eq. 5]         Part 7
             actor: make actions with return > v(z) likelier      [Eq. 6]         Part 7
-            after the 1st, 101st, ... : slow critic <- critic                    Part 8
+            after the 1st, 101st, ... gradient step: slow critic <- critic       Part 8
         now and then evaluate, draw a dream, log metrics, save             Parts 11, 12
 
 SHAPES. Time comes first, so x[t] is the paper's x with subscript t.
@@ -63,31 +63,31 @@ SYMBOLS, in the paper and here.
 
 SOURCES. "Paper:" is what the paper says, "Authors' code:" what danijar/dreamerv2 does
 (07d906e, version 2.2.0, unless another is named), "Here:" our choice. The paper's table
-gives the defaults; where it is silent, the authors' code. Where the two disagree, or
-this file departs from one, that has a number, and a flag or a test that holds it:
-         paper              version 2.2.0          here             switch or test
+gives the defaults; where it is silent, the authors' code. Each difference between the
+three has a number, and either a flag that chooses or a test that shows our choice:
+         paper              version 2.2.0          here             flag or test
     D1   4 decisions/step   16                     4                --steps-per-update
     D2   γ: table 0.995     0.999                  0.995            --gamma
-    D3   50 sequences       16, before it 50       50               --batch-size
+    D3   50 sequences       16, earlier 50         50               --batch-size
     D4   baseline v(z_t)    slow v(z_t)            v(z_t)           --slow-baseline
     D5   V_t - v(z_t)       V_{t+1} - v(z_t)       V_t - v(z_t)     --shifted-advantage
     D6   all 18 actions     those a game uses      all 18           --full-action-space
     D7   losses are sums    means                  means           test_losses_are_means
     D8   inside an episode  inside an episode      across ends    test_replay_is_uniform
-    D9   Adam's ε not said  ε before correction    ε after it       test_parity_agent
+    D9   Adam's ε not said  ε before unbiasing     ε after it       test_parity_agent
     D10  no-ops not said    1 to 30                0 to 29          --max-noops
     D11  precision not said float16                bfloat16, CUDA   --precision
-    D12  slow start unsaid  random weights         critic's copy    test_slow_critic
-    D13  γ[0] not said      0 after an end         0 after an end   test_true_start
+    D12  slow v's start: -  random weights         critic's copy    test_slow_critic
+    D13  γ[0] not said      0 if game over         0 if game over   test_true_start
     D14  discount loss x 1  x 5                    x 5              --discount-scale
     D15  84² to 64² pixels  64² at once            64² at once      test_atari_protocol
-    D16  loss: t = 1..H-1   t = 0..H-1             t = 0..H-1    test_parity_behaviour
+    D16  Eq. 5, 6: 1..H-1   t = 0..H-1             t = 0..H-1    test_parity_behaviour
 
 COST at the paper's size: 22.2M parameters, 12.5M gradient steps of 2.37 TFLOP, a replay
-of 8.36 GB; the authors' V100 took under 10 days. HEALTH: image_loss sinks towards 3764
-(no error at all; 11 292 in colour), kl rises to some nats, actor_entropy sinks slowly
-from ln 18 = 2.89. Nothing was trained at that size here. Tests compare losses and
-updates with the authors' code.
+of 8.36 GB; the paper says under 10 days on a V100. HEALTH: image_loss sinks towards
+4096·½ ln 2π = 3764, no error at all (11 292 in colour), kl rises to some nats,
+actor_entropy sinks slowly from ln 18 = 2.89. Nothing was trained at that size here.
+Tests compare losses and updates with the authors' code.
 """
 from __future__ import annotations
 
@@ -100,8 +100,8 @@ from typing import NamedTuple
 # Idle OpenMP threads wait by spinning, which makes a gradient step up to 100 times as
 # long beside another busy process. This lets them sleep. It must precede torch.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-# glibc gives the memory of large tensors back to the system and takes it anew. Kept, it
-# saves a fifth of a CPU step at the paper's size. Other C libraries have no mallopt.
+# glibc gives a large tensor's memory back to the system, and soon asks for it again. To
+# keep it saves a fifth of a CPU step at the paper's size. Other libraries differ.
 with suppress(AttributeError, OSError, TypeError):
     ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
     ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
@@ -115,8 +115,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 # %% Part 1 | Configuration
-# Every number of the algorithm. WorldModel, Agent and Parts 10 to 13 read a Config; the
-# pieces to copy take plain numbers. In: nothing. Out: one Config.
+# Every number of the algorithm. WorldModel, Agent and Parts 10 to 13 read a Config; all
+# else takes plain numbers, ready to be copied. In: nothing. Out: one Config.
 # Predict: how many gradient steps does the paper's run of 50M decisions make?
 
 
@@ -156,7 +156,7 @@ class Config:
     cnn_depth: int = 48  # first convolution's channels, then doubled; authors' code: 48
     mlp_layers: int = 4  # hidden layers of every head, actor and critic; paper: 4
     mlp_units: int = 400  # units of each of those layers; paper: 400
-    kl_scale: float = 0.1  # weight β of the KL; paper: 0.1; new tasks: 0.1 0.3 1 3
+    kl_scale: float = 0.1  # weight β of the KL; paper: 0.1; else try 0.3, 1, 3
     kl_balance: float = 0.8  # share of the KL that trains the prior, α; paper: 0.8
     free_nats: float = 0.0  # the mean KL trains only above this; authors' code: 0
     discount_scale: float = 5.0  # weight of the discount loss; authors' code: 5 [D14]
@@ -169,7 +169,7 @@ class Config:
     return_lambda: float = 0.95  # λ of the return; paper: 0.95
     reinforce_mix: float = 1.0  # ρ: 1 is all Reinforce, 0 (always for Box) dynamics
     entropy_scale: float = 1e-3  # weight of the policy's entropy, η; paper: 1e-3
-    anneal_steps: int = 0  # decisions in which ρ and η move to their ends; 0: never
+    anneal_steps: int = 0  # decisions until ρ and η are the next two; 0: no change
     reinforce_mix_end: float = 1.0  # ρ after anneal_steps
     entropy_scale_end: float = 3e-4  # η after anneal_steps
     actor_lr: float = 4e-5  # learning rate of the actor; paper: 4e-5
@@ -177,8 +177,8 @@ class Config:
     slow_every_updates: int = 100  # gradient steps between slow copies; paper: 100
     slow_baseline: bool = False  # take the baseline from the slow critic [D4]
     shifted_advantage: bool = False  # credit a_t with V_{t+1} instead of V_t [D5]
-    # Ablations. Numbers are the paper's gamer median and clipped record mean (Table 2),
-    # which are 1.64 and 0.25 for the agent without any ablation.
+    # Ablations, with the paper's two averages over games (Table 2): median relative to
+    # a gamer, mean relative to the record. The full agent has 1.64 and 0.25.
     layer_norm: bool = True  # normalise the GRU's gates; off: 1.66, 0.25
     reward_gradients: bool = True  # reward loss trains the RSSM; off: 1.68, 0.24
     discrete_latents: bool = True  # z is categorical; off, Gaussian: 1.08, 0.19
@@ -207,10 +207,10 @@ class Config:
 # Strings of flags. Those that the user types override them.
 PRESETS = {
     "atari": "",
-    # The authors' code, version 2.2.0; D8, D9, D11, D12 stay ours, D10 draws 0 to 30.
+    # The authors' code, version 2.2.0, as far as it has flags: not D8, D9, D11, D12.
     "released": "--steps-per-update 16 --batch-size 16 --gamma 0.999 --slow-baseline"
     " --shifted-advantage --no-full-action-space --max-noops 30",
-    # The paper's row of that name: the authors' first version, faf9e4c; D13 stays ours.
+    # The paper's "DreamerV2 (schedules)": the authors' first version, faf9e4c.
     "schedules": "--gamma 0.999 --anneal-steps 2500000 --reinforce-mix 0.9"
     " --entropy-scale 3e-3",
     # The authors' for DeepMind Control (0216d33), without its 100 first gradient steps.
@@ -322,8 +322,8 @@ def balanced_kl(posterior, prior, alpha, divergence=categorical_kl, free_bits=0.
 
 
 class OneHot:
-    """The policy over A discrete actions, from finite logits (..., A): its likeliest
-    action (..., A) is `mode`; rsample carries the gradient of the probabilities."""
+    """The policy over A discrete actions, from logits (..., A). Its samples and its
+    mode, the likeliest action, are one-hot (..., A)."""
     def __init__(self, logits: Tensor):
         self.logits = logits
 
@@ -387,7 +387,7 @@ class TruncatedNormal:
 
 
 def mix_uniform(logits: Tensor, share: float) -> Tensor:
-    """DreamerV3's unimix: logits (..., K) of (1 - share)·softmax(logits) + share / K.
+    """DreamerV3's unimix: ln((1 - share)·softmax(logits) + share / K), (..., K) again.
     No class is ruled out, so that no KL and no ln p becomes huge.
     >>> mix_uniform(torch.tensor([0.0, 100.0]), 0.5).exp().tolist()
     [0.25, 0.75]
@@ -408,9 +408,10 @@ def symexp_bins(count: int, device=None) -> Tensor:
 
 
 def head_mean(out: Tensor) -> Tensor:
-    """The number that a head predicts, (...), from its output: (..., 1) is that number,
-    (..., K) are logits of the symexp_bins, whose mean is Σ_k p[k]·bins[k]. As the bins
-    are symmetric, that is ½ Σ_k (p[k] - p[K-1-k])·bins[k], exactly 0 for equal p.
+    """The number that a head predicts, (...). An output (..., 1) is that number. An
+    output (..., K) are logits of the symexp_bins, of which the mean is predicted:
+        Σ_k p[k]·bins[k] = ½ Σ_k (p[k] - p[K-1-k])·bins[k]
+    The second form is exactly 0 for equal p, where the first leaves rounding errors.
     >>> head_mean(torch.zeros(255)).item()
     0.0
     """
@@ -432,7 +433,7 @@ def twohot_nll(out: Tensor, target: Tensor) -> Tensor:
     1.296
     """
     bins = symexp_bins(out.shape[-1], out.device)
-    # passed[k]: how far y is on its way from bin k to the next: 1 if beyond, 0 before.
+    # passed[k] goes from 0 to 1 while y goes from bin k to bin k + 1.
     passed = ((target[..., None] - bins[:-1]) / bins.diff()).clamp(0, 1)
     twohot = F.pad(passed, (1, 0), value=1.0) - F.pad(passed, (0, 1))
     return -(twohot * out.float().log_softmax(-1)).sum(-1)
@@ -515,8 +516,8 @@ class LayerNormGRUCell(nn.Module):
         u  = σ(update - 1)
         h' = u · c + (1 - u) · h
     x (..., input), h (..., D) -> h' (..., D). No other layer here has a norm. torch's
-    GRUCell has none either, its reset gate leaves the input's part of the candidate
-    alone, it subtracts no 1, and its u weighs the OLD state.
+    GRUCell has none either. There `reset` leaves the input's part of the candidate
+    alone, nothing is subtracted from `update`, and u weighs the OLD state.
     >>> cell = LayerNormGRUCell(2, 1)
     >>> for p in cell.parameters(): _ = nn.init.zeros_(p)   # all gates zero
     >>> round(cell(torch.zeros(1, 2), torch.ones(1, 1)).item(), 4)      # 1 - σ(-1)
@@ -568,8 +569,8 @@ class State(NamedTuple):
 class RSSM(nn.Module):
     """Recurrent state-space model with categorical latents. [Eq. 1]
     `img_step` goes on without an image (imagination), `obs_step` with one (acting), and
-    `observe` through a whole sequence (training). Weights and inputs are float32, also
-    under torch.autocast, which is how Agent computes in bfloat16.
+    `observe` through a whole sequence (training). Weights and inputs are float32; to
+    multiply in bfloat16, as Agent does, call it under torch.autocast.
     >>> rssm = RSSM(action_dim=2, embed_dim=12, num_latents=3, num_classes=4,
     ...             deter_size=8, hidden_size=7)
     >>> posterior, prior_logits = rssm.observe(
@@ -641,8 +642,8 @@ class RSSM(nn.Module):
         and prior logits over (T, B)."""
         assert embeds.shape[:2] == actions.shape[:2] == is_first.shape, "(T, B) differ"
         state, states = self.initial(embeds.shape[1]), []
-        # These products are small and many: in bfloat16 a GPU would spend more kernels
-        # on converting than on multiplying.
+        # float32, because these products are small: each would need several kernels to
+        # convert its inputs to bfloat16 and its result back.
         with torch.autocast(embeds.device.type, enabled=False):
             for embed, action, first in zip(embeds.float(), actions, is_first):
                 state = self.obs_step(state, action, embed, first)
@@ -661,8 +662,8 @@ class RSSM(nn.Module):
 def normal_nll(mean: Tensor, target: Tensor) -> Tensor:
     """-ln Normal(target; mean, 1) of each element: half the squared error, plus 0.919.
     The constant trains nothing, but sets the loss of a perfect image, gray or colour:
-    >>> [round(normal_nll(x, x).sum().item()) for x in (
-    ...  torch.zeros(1, 64, 64), torch.zeros(3, 64, 64))]
+    >>> gray, colour = torch.zeros(1, 64, 64), torch.zeros(3, 64, 64)
+    >>> [round(normal_nll(x, x).sum().item()) for x in (gray, colour)]
     [3764, 11292]
     """
     return 0.5 * (target - mean) ** 2 + 0.5 * math.log(2 * math.pi)
@@ -751,10 +752,9 @@ def imagine(img_step, actor, start: State, horizon: int) -> tuple[Tensor, Tensor
     """Roll the world model forward with the actor's sampled actions (paper, Fig. 3).
         z[0] ──────► z[1] ──────► z[2] ── ... ──► z[H]       features[t] = [z[t], h[t]]
             actions[1]   actions[2]                          actions[t] led to state t
-    img_step: (State, action) -> State, as RSSM.img_step; actor: features -> a policy
-    with rsample(), as OneHot; start: State over (N,), detached -> features (H+1, N, F),
-    actions (H+1, N, A). Nothing chose actions[0]: it is zero. With ρ = 1 no
-    gradients are needed here, and Agent disables them.
+    img_step is a function of State and action, as RSSM.img_step; actor one of features
+    that returns a policy with rsample(), as OneHot; start a State over (N,). Returns
+    features (H+1, N, F) and actions (H+1, N, A). Nothing chose actions[0]: it is zero.
     >>> def clock(state, action):                             # a world that only counts
     ...     return State(state.h + 1, state.z, state.logits)
     >>> start = State(torch.zeros(2, 1), torch.zeros(2, 1, 1), torch.zeros(2, 1, 1))
@@ -768,9 +768,9 @@ def imagine(img_step, actor, start: State, horizon: int) -> tuple[Tensor, Tensor
     state, features, actions = start, [start.feature], []
     for _ in range(horizon):
         # With ρ < 1 the gradient of a return reaches each action through the dynamics.
-        # Without the detach it would go on from there, through the state in which the
-        # action was chosen, to all earlier actions. Such a chain multiplies the biased
-        # gradients of up to H straight-through samples, and its size explodes.
+        # As in the authors' code, it ends there. Without the detach it would go on into
+        # the state where the action was chosen: earlier actions would be judged by how
+        # they change later choices, too, through up to H - 1 more biased samples.
         action = actor(features[-1].detach()).rsample()
         state = img_step(state, action)
         features.append(state.feature)
@@ -779,8 +779,8 @@ def imagine(img_step, actor, start: State, horizon: int) -> tuple[Tensor, Tensor
 
 
 def open_loop(rssm, embeds: Tensor, actions: Tensor, is_first: Tensor) -> Tensor:
-    """Features (T, B, F) of T rows, of which the model sees only the first images:
-    embeds (< T, B, E). Of all it hears actions (T, B, A) and is_first (T, B)."""
+    """Features (T, B, F) of T rows: the model sees only the first images, embeds
+    (n, B, E), but all actions (T, B, A) and is_first (T, B)."""
     seen = len(embeds)
     states, _ = rssm.observe(embeds, actions[:seen], is_first[:seen])
     state, features = State(*(x[-1] for x in states)), [*states.feature]
@@ -802,8 +802,8 @@ def open_loop(rssm, embeds: Tensor, actions: Tensor, is_first: Tensor) -> Tensor
 # r[t] is received on ARRIVING in z[t], so the return V[t] contains it. The critic's
 # v(z[t]) predicts V[t] and contains it, too. So r[t] cancels in the advantage V[t] -
 # v(z[t]), as far as the critic has learned: a_t is credited with what follows it.
-# The losses count the states 0 to H-1 [D16], with weights w[t] that are in the paper's
-# text, not in its equations.
+# The losses count the states 0 to H-1 [D16], each with its weight w[t], which the paper
+# describes in its text and leaves out of Eq. 5 and 6.
 # In: (H, N) tensors, values (H+1, N). Out: returns (H, N), and scalars to minimise.
 # Predict: rewards 1, 2, values 8, 4, 2, discounts ½: the returns with λ = ½?
 
@@ -812,8 +812,8 @@ def lambda_return(reward, value, discount, lambda_: float) -> Tensor:
     """λ-returns: a weighted mean of all n-step returns. [Eq. 4]
         V[t] = r[t] + γ[t] · ((1 - λ) · v(z[t+1]) + λ · V[t+1]),    V[H] = v(z[H])
     value (H+1, N); reward and discount (H, N), or (H+1, N) whose last entry is not used
-    -> returns (H, N). γ[t] is 0 if arriving in z[t] ended the game. The value is of the
-    NEXT state: v(z[t]) would teach the critic that the game stays there for ever.
+    -> returns (H, N). γ[t] is 0 if arriving in z[t] ended the game. What follows it is
+    worth v(z[t+1]): with v(z[t]) the critic would learn the return of staying in z[t].
     >>> r, v = torch.tensor([1.0, 2.0]), torch.tensor([8.0, 4.0, 2.0])
     >>> g = torch.tensor([0.5, 0.5])
     >>> lambda_return(r, v, g, 0.5).tolist()        # 1 + ½·(½·4 + ½·3),  2 + ½·2
@@ -837,7 +837,7 @@ def trajectory_weights(discount: Tensor) -> Tensor:
         w[t] = Π_{i < t} γ[i],    w[0] = 1
     discount (H, N) -> weights (H, N). They are detached: otherwise the actor could
     lower its loss by changing how much a state counts, in place of what it is worth.
-    After a predicted end they are near zero: the model never saw what follows an end.
+    After a predicted end they are near zero: what is imagined there means nothing.
     >>> trajectory_weights(torch.tensor([0.5, 0.5, 0.0, 0.5])).tolist()
     [1.0, 0.5, 0.25, 0.0]
     """
@@ -904,8 +904,8 @@ def actor_loss(log_prob, entropy, returns, baseline, weights, *, entropy_scale,
 
 class Optimizer:
     """Adam with global-norm clipping and decoupled decay, for the weights of a module
-    that require a gradient. Authors' code: clip the gradient, then w <- (1 - decay)·w,
-    NOT times the learning rate, as AdamW has it, then Adam.
+    that require a gradient. Authors' code: clip the gradient, w <- (1 - decay)·w, then
+    Adam. torch's AdamW would shrink w by lr·decay: here decay is divided by lr first.
     >>> layer = nn.Linear(1, 1)
     >>> _ = nn.init.ones_(layer.weight)
     >>> opt = Optimizer(layer, lr=0.5, eps=0.0, clip=100.0, decay=0.25)
@@ -917,7 +917,7 @@ class Optimizer:
     def __init__(self, module, *, lr: float, eps: float, clip: float, decay: float):
         self.weights, self.clip = list(module.parameters()), clip
         # fused is one GPU kernel. It does not tell autograd that weights have changed:
-        # an older loss, differentiated afterwards, gives wrong numbers and no error.
+        # a loss must be differentiated before any weight that it uses moves.
         self.adam = torch.optim.AdamW(
             self.weights, lr, eps=eps, weight_decay=decay / max(lr, 1e-12), fused=True)
 
@@ -953,7 +953,7 @@ class Agent(nn.Module):
             nn.init.zeros_(self.critic[-1].weight)
             nn.init.zeros_(self.world_model.reward_head[-1].weight)
         self.slow_critic = copy.deepcopy(self.critic).requires_grad_(False)
-        self.register_buffer("spread", torch.zeros(()))  # S of advantage_scale
+        self.register_buffer("spread", torch.zeros(()))  # see advantage_scale
 
         self.to(self.device)
         if self.device.type != "mps":  # misreads channels last: pytorch issue 192212
@@ -966,9 +966,9 @@ class Agent(nn.Module):
 
     def autocast(self):
         """In bf16, layers multiply in bfloat16, except in observe; all else stays
-        float32. Autocast keeps the bfloat16 copy of a weight until its `with` ends. So
-        no optimiser may step inside one (the copy would be stale), and no layer run
-        there first without gradients and then with them (the copy passes none on)."""
+        float32. Autocast keeps the bfloat16 copy of a weight until its `with` ends. In
+        one, no optimiser may step, since that copy would be stale; and no layer may run
+        without gradients and then with them, since that copy passes no gradient on."""
         return torch.autocast(
             self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
@@ -1005,7 +1005,7 @@ class Agent(nn.Module):
         done = min(1.0, step / c.anneal_steps) if c.anneal_steps else 0.0
         rho = c.reinforce_mix + done * (c.reinforce_mix_end - c.reinforce_mix)
         eta = c.entropy_scale + done * (c.entropy_scale_end - c.entropy_scale)
-        # Paper: continuous actions learn by dynamics alone; so does the ablation.
+        # Paper: continuous actions learn by dynamics alone; --no-policy-reinforce: all.
         by_reinforce = c.policy_reinforce and self.distribution is OneHot
         return rho if by_reinforce else 0.0, eta
 
@@ -1057,8 +1057,8 @@ class Agent(nn.Module):
             value, returns, weights, bin_logits)
 
         # 4. Actor: make good returns likelier. [Eq. 6]  actions[t+1] was chosen in
-        #    state t. ln p is that of a given action, so it is detached: with ρ < 1 it
-        #    carries a gradient. shift = 1 credits it with V[t+1] [D5].
+        #    state t. It is detached, so that ln p moves the policy and not the action
+        #    (which for ρ < 1 has a gradient). With shift it gets V[t+1] for V[t] [D5].
         baseline = slow_value[:-1] if c.slow_baseline else value
         loss_of_actor, actor_metrics = actor_loss(
             policy.log_prob(actions[1:end + 1].detach()), policy.entropy(),
@@ -1101,8 +1101,8 @@ class Row(NamedTuple):
 class Replay:
     """A ring of rows for each environment, in a memory-mapped .npy file. `capacity`
     counts all rows; `row` is any row of the game and gives the layout. UsageError: the
-    file is damaged or of another layout. Copies of a Replay, as in a DataLoader's
-    workers, draw the same batches unless each has its own seed.
+    file is damaged or of another layout. Each worker of a DataLoader needs a seed of
+    its own, or all draw the same batches.
     >>> import tempfile
     >>> folder, no = tempfile.TemporaryDirectory(), np.zeros(1, bool)
     >>> row = Row(np.zeros((1, 1)), np.zeros((1, 1)), np.zeros(1), no, no)
@@ -1112,13 +1112,13 @@ class Replay:
     >>> sorted(set(map(tuple, rewards.T.tolist())))   # of rows 0 to 6 four are left
     [(3.0, 4.0, 5.0), (4.0, 5.0, 6.0)]
 
-    A checkpoint keeps the `count` of rows. A process that is killed has written more
-    since then, over the oldest; the last may be torn. So a row stores its number, and 0
-    while it is being written. Here 7 rows are counted, 8 and 9 came later, 10 is torn:
+    A checkpoint keeps the `count` of rows. A process that is killed has written more,
+    over the oldest, and perhaps half a row. So each row stores its number, and 0 while
+    it is being written. Here the checkpoint counts 7, then came 8, 9 and half of 10:
         slot     0    1    2    3
         number   9    0    7    8
-    Rows after the counted ones (8, 9) are a true continuation and are kept; of the
-    counted ones those are left whose slot still holds their number (7).
+    All whole rows are used: 8 and 9, which continue 7, and of the counted ones those
+    whose slot still holds their number, here 7.
     """
     def __init__(self, path: Path, capacity: int, row: Row, count: int = 0, seed=0):
         dtype = np.dtype([("number", np.int64)] + [
@@ -1138,7 +1138,7 @@ class Replay:
                 raise ValueError("it holds other rows")
         except (FileNotFoundError, EOFError, ValueError) as error:
             raise UsageError(f"{path}: {error}; choose another --logdir") from None
-        # The next row's slot may hold the torn one, so the slot after it counts, too.
+        # A lap later the torn row lies in the next row's slot: ask the one after, too.
         while max(self.found(self.count + 1), self.found(self.count + 2)) > self.count:
             self.count += 1
         self.oldest = max(1, self.count - self.length + 1)
@@ -1161,17 +1161,17 @@ class Replay:
 
     def sample(self, batch_size, seq_len, device="cpu") -> dict[str, Tensor]:
         """Uniformly drawn sequences: a dict of Row's fields, time-major (T, B, ...).
-        Starts are drawn in the order of age, and only then turned into slots. So a
-        sequence may go on from the ring's last slot to its first, and into the next
-        episode [D8], but never from the newest row to the oldest."""
+        Starts are drawn as row numbers, and only then turned into slots. So a sequence
+        may go on from the ring's last slot to its first, and into the next episode
+        [D8], but never from the newest row to the oldest."""
         assert self.count - self.oldest + 1 >= seq_len, "fewer rows than seq_len"
         start = self.random.integers(self.oldest, self.count - seq_len + 2, batch_size)
         env = self.random.integers(self.num_envs, size=batch_size)
         slots = (start - 1 + np.arange(seq_len)[:, None]) % self.length  # (T, B)
         batch = {name: torch.from_numpy(self.rows[name][env, slots]).to(device)
                  for name in Row._fields}  # env (B,) broadcasts against slots (T, B)
-        # The state before row 0 is unknown, so row 0 is treated as an episode's first.
-        # Without this line its action would act on a state it was not chosen in.
+        # The state before a sequence is unknown, so it begins like an episode. Without
+        # this line its first action would act on a state it was not chosen in.
         batch["is_first"][0] = True
         return batch
 
@@ -1226,8 +1226,8 @@ def to_image(image: np.ndarray) -> np.ndarray:
 
 class PlainGame(gymnasium.Wrapper):
     """A Gymnasium game with images (C, 64, 64), and with actions that count from 0 or
-    lie in [-1, 1]; UsageError names what does not fit. Infos are left out, since a
-    vector environment fails to merge those that change their shape."""
+    lie in [-1, 1]; UsageError names what does not fit, as a Dict of images. Infos are
+    left out: a vector environment cannot merge those that change their shape."""
     def __init__(self, env: gymnasium.Env):
         super().__init__(env)
         images, actions = env.observation_space, env.action_space
@@ -1290,7 +1290,7 @@ class Envs:
     def step(self, action: np.ndarray | Tensor) -> Row:
         """Play actions (N, A), one-hot or in [-1, 1]: the row that they led to."""
         action = torch.as_tensor(action).cpu().numpy()  # here the CPU waits for a GPU
-        # An action out of range hangs ale-py, Ctrl-C included; this width rules it out.
+        # An action out of range hangs ale-py, Ctrl-C included: A entries rule it out.
         assert action.shape == (self.num_envs, self.num_actions), "not (N, A)"
         chosen = action if self.continuous else action.argmax(-1)
         images, reward, terminated, truncated, _ = self.vector_env.step(chosen)
@@ -1322,8 +1322,8 @@ def make_envs(config: Config, num_envs: int = 1) -> Envs:
             envs = gymnasium.vector.SyncVectorEnv([make_one] * num_envs)
             boxed = isinstance(envs.single_action_space, Box)
             return Envs(envs, c.action_repeat if boxed else 1)
-        import ale_py  # noqa: F401  It registers its games, also over the user's own.
-        gymnasium.registry.update(own_games)
+        import ale_py  # noqa: F401  It registers its games, some over the user's own,
+        gymnasium.registry.update(own_games)  # which come back here.
         # Gray, resized by area, the maximum of the last two frames, because consoles
         # drew some sprites in every other one. No frame stack: the RSSM remembers.
         return Envs(gymnasium.make_vec(
@@ -1381,7 +1381,8 @@ def draw_dream(agent: Agent, envs: Envs, seed: int) -> np.ndarray:
     batch = (torch.from_numpy(np.concatenate(x)).to(agent.device)
              for x in zip(*(row for row, _ in played)))
     row = Row(*(x.unflatten(0, (4, 50)).transpose(0, 1) for x in batch))  # (T, B, ...)
-    row.is_first[0], truth = True, preprocess(row.image)
+    row.is_first[0] = True
+    truth = preprocess(row.image)
     features = open_loop(
         model.rssm, model.encoder(truth[:seen]), row.action, row.is_first)
     guess = model.decoder(features).clamp(-0.5, 0.5)
@@ -1432,7 +1433,7 @@ def to_png(frames: np.ndarray, milliseconds: int = 100) -> bytes:
 
 # %% Part 12 | Training
 # `train` is the whole run. A kill at any moment leaves in its folder config.json, all
-# settings; checkpoint.pt, at most a minute old; replay.npy, whose rows after the
+# settings; checkpoint.pt, made every minute; replay.npy, whose rows after the
 # checkpoint are known by their numbers; metrics.jsonl, from which the next start cuts
 # the lines after the checkpoint. In: a Config. Out: that folder, and an exit status.
 # Predict: a second process is started in the same folder: what happens?
@@ -1503,8 +1504,8 @@ def lock(folder: Path) -> sqlite3.Connection:
 
 
 def train(config: Config, signals=()) -> int:
-    """Begin the run of config.logdir, or go on with it, until its steps are made or a
-    signal comes (a list to which a handler appends); returns the exit status."""
+    """Begin the run of config.logdir, or go on with it, until its steps are made or
+    `signals`, a list to which a handler appends, holds one; returns the exit status."""
     c, folder = config, Path(config.logdir)
     log, path = folder / "metrics.jsonl", folder / "checkpoint.pt"
     print("opening one game to learn, one to evaluate (none with --eval-episodes 0)")
@@ -1585,7 +1586,7 @@ def train(config: Config, signals=()) -> int:
 
 # %% Part 13 | Command line
 # A new run takes its settings from its preset and from what the user types; a resumed
-# run from its config.json. In: flags. Out: an exit status.
+# run from its config.json, but for the names below. In: flags. Out: an exit status.
 # Predict: --gamma 0.9 --no-layer-norm: what does the program take from that?
 
 MAY_CHANGE = "steps log_every_steps eval_every_steps eval_episodes checkpoint_minutes"
@@ -1628,14 +1629,14 @@ def pick_device(name: str) -> torch.device:
 
 
 def stored_settings(config: Config) -> bytes:
-    """config.json: a line for each setting, to read and to edit."""
+    """What config.json holds: one setting a line."""
     stored = {k: v for k, v in vars(config).items() if k not in NOT_STORED}
     return json.dumps(stored, indent=1, default=lambda x: x.item()).encode()  # numpy's
 
 
 def choose_settings(typed: dict) -> Config:
     """The settings of a new or of a resumed run; says where they are from. No number is
-    negative, what counts is at least 1, a sequence fits into the first random rows."""
+    negative, counts are at least 1, and a sequence fits into the first random rows."""
     typed = {name: value for name, value in typed.items() if value != "auto"}
     device = pick_device(typed.get("device", "auto")).type
     preset = typed.get("preset", "atari" if device == "cuda" else "small")
@@ -1645,7 +1646,7 @@ def choose_settings(typed: dict) -> Config:
     name = re.sub(r"[^\w.-]", "_", c.game)
     c.logdir = os.path.expanduser(c.logdir or f"runs/{name}-{preset}-seed{c.seed}")
     path = Path(c.logdir, "config.json")
-    if os.path.exists(path):  # False if the name is too long
+    if os.path.exists(path):  # Path's own would raise if it is too long
         why, stored = f"the settings of {path}", {}
         try:
             for name, value in json.loads(path.read_text()).items():
@@ -1657,17 +1658,15 @@ def choose_settings(typed: dict) -> Config:
                              " another --logdir") from None
         for name in (typed.keys() & stored.keys()) - set(MAY_CHANGE.split()):
             if stored[name] != getattr(c, name):
-                raise UsageError(f"{path} has {name} {stored[name]}, not"
-                                 f" {getattr(c, name)}: choose another --logdir")
+                raise UsageError(f"{path} has another {name}; choose another --logdir")
         c = Config(**vars(c) | {k: stored[k] for k in stored.keys() - typed.keys()})
     print(f"preset {c.preset}: {why}")
     for name, value in vars(c).items():  # nan and inf fail, too
         least = 0 if isinstance(value, float) or name in MAY_BE_0 else 1
         if not isinstance(value, (str, bool)) and not least <= value < math.inf:
             raise UsageError(f"{name} {value}: must be at least {least}")
-    rows = min(c.prefill_steps, c.replay_capacity) // c.num_envs
-    if c.seq_len > rows:
-        raise UsageError(f"seq_len {c.seq_len}: prefill_steps, replay_capacity: {rows}")
+    if c.seq_len > min(c.prefill_steps, c.replay_capacity) // c.num_envs:
+        raise UsageError(f"seq_len {c.seq_len} > prefill_steps or replay_capacity")
     return c
 
 
