@@ -926,7 +926,9 @@ class Optimizer:
         self.adam.zero_grad()
         # A loss's graph reaches other networks, too. inputs= limits the gradients to
         # this optimiser's weights, so each of the three learners moves only its own.
-        loss.backward(inputs=[w for w in self.weights if w.requires_grad])
+        moving = [w for w in self.weights if w.requires_grad]
+        if moving:  # not all are frozen
+            loss.backward(inputs=moving)
         norm = nn.utils.clip_grad_norm_(self.weights, self.clip)
         self.adam.step()
         return norm
@@ -1523,7 +1525,7 @@ def train(config: Config, signals=()) -> int:
         began, saved_at = time.monotonic() - n["wall_time_s"], -math.inf
         last, period, ended, done = n, [], [], n["step"] >= c.steps
         bar = tqdm(total=c.steps, initial=min(n["step"], c.steps), unit="step",
-                   disable=None, file=sys.stderr or io.StringIO(), ncols=80, nrows=20)
+                   disable=None, file=sys.stderr or io.StringIO(), ncols=79, nrows=20)
         say = print if bar.disable else bar.write
         while not (done or signals):
             # Act: at random while the replay fills, then as the actor says.
@@ -1684,7 +1686,7 @@ def show(config: Config, what: str) -> int:
             print(f"episodes: {len(score)}, mean score {score.mean():.2f}, standard"
                   f" deviation {score.std():.2f}, {length.mean():.0f} decisions each")
         frames = (draw_dream if what == "dream" else draw_play)(agent, envs, seed)
-    path = Path(f"{folder.resolve().name[:40]}-{what}.png")
+    path = Path(f"{folder.resolve().name[-40:]}-{what}.png")
     write_file(path, to_png(frames))
     print(f"{path}: an animation of {len(frames)} frames")
     return 0

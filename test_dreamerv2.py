@@ -552,7 +552,7 @@ def step_and_see(agent, batch, **tolerance):
 
 @pytest.mark.parametrize("rho", [1.0, 0.5, 0.0])
 def test_each_optimizer_moves_only_its_own(rho):
-    """And, at last, not the encoder, which is frozen: it neither learns nor decays."""
+    """And, at last, not what is frozen, a part or all: it neither learns nor decays."""
     agent, batch = tiny_agent(reinforce_mix=rho), random_batch()
     for moving in (*FLOW, "all"):
         for name, optimizer in agent.optimizers.items():
@@ -562,6 +562,9 @@ def test_each_optimizer_moves_only_its_own(rho):
         expected = FLOW.get(moving, set(MODULES) - {"encoder", "slow_critic"})
         assert step_and_see(agent, batch, rtol=0, atol=0)[0] == expected
     assert all(p.grad is None for p in agent.slow_critic.parameters())
+    for frozen in agent.world_model, agent.critic:
+        frozen.requires_grad_(False)
+    assert step_and_see(agent, batch, rtol=0, atol=0)[0] == {"actor"}
 
 
 @pytest.mark.parametrize("slow, shift", [*itertools.product([False, True], [0, 1])])
@@ -1372,8 +1375,8 @@ def test_pictures_show_colours_or_the_newest_of_stacked_frames():
 
 @pytest.mark.parametrize("game, channels", [("Pong", 1), ("tests/Colours-v0", 3)])
 def test_eval_and_dream_draw_and_leave_the_run_as_it_is(game, channels, capsys, monkeypatch):
-    """Also a folder from another machine, with a name that just fits; no flag is needed."""
-    folder, name = Path("runs", "书" * 80), "书" * 40
+    """Also a folder from another machine, with a name that just fits, whose end counts; no flag is needed."""
+    folder, name = Path("runs", "书" * 79 + "1"), "书" * 39 + "1"
     assert run("--logdir", "there", *QUICK, "--game", game, "--steps", 24, "--time-limit", 40,
                "--device", "cpu", "--precision", "bf16", *UNSEEN) == 0
     assert vars(d.Config()).keys() - settings("there").keys() == {"logdir", "device", "precision"}
