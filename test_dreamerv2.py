@@ -1375,7 +1375,7 @@ def test_pictures_show_colours_or_the_newest_of_stacked_frames():
 
 @pytest.mark.parametrize("game, channels", [("Pong", 1), ("tests/Colours-v0", 3)])
 def test_eval_and_dream_draw_and_leave_the_run_as_it_is(game, channels, capsys, monkeypatch):
-    """Also a folder from another machine, with a name that just fits, whose end counts; no flag is needed."""
+    """Also a folder from another machine, of whose long name the end counts; no flag is needed."""
     folder, name = Path("runs", "书" * 79 + "1"), "书" * 39 + "1"
     assert run("--logdir", "there", *QUICK, "--game", game, "--steps", 24, "--time-limit", 40,
                "--device", "cpu", "--precision", "bf16", *UNSEEN) == 0
