@@ -1561,8 +1561,8 @@ def train(config: Config, signals=()) -> int:
             # line or a checkpoint, because the CPU then has to wait for a GPU.
             n = dict(step=step, frames=step * envs.frames_per_step, rows=replay.count,
                      updates=agent.updates, wall_time_s=time.monotonic() - began)
-            ending, every, means = done or bool(signals), c.log_every_steps, {}
-            write = ending or step // every > before // every
+            ending, means = done or bool(signals), {}
+            write = ending or step // c.log_every_steps > before // c.log_every_steps
             save = ending or time.monotonic() >= saved_at + 60 * c.checkpoint_minutes
             if period and (write or save):
                 means = dict(zip(metrics, torch.stack(period).mean(0).tolist()))

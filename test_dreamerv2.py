@@ -2130,10 +2130,8 @@ def test_readme_is_short_and_what_it_names_exists(capsys):
     commands = re.findall(r"python dreamerv2\.py((?: [^#|`&\n\\]+|\\\n)*)", readme)
     assert len(commands) >= 6
     for flags in commands:
-        d.read_flags(re.sub(r"\$\w+", "0", flags).split())  # the cluster script's
+        d.read_flags(flags.split())
     assert [name for name in d.PRESETS if f"`{name}`" not in readme] == []
-    exec(re.search(r'games=.*python -c "(.*?)"', readme)[1], {})
-    assert capsys.readouterr().out.split() == list(PUBLISHED)
     *others, last = re.findall(r"```python\n(.*?)```", readme, re.S)
     folder = re.search(r'"(\.pretrained/\w+)"', last)[1]
     assert run(*CATCH, "--logdir", folder, "--steps", 30) == 0 and others
