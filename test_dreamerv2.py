@@ -91,11 +91,10 @@ def tiny_agent(num_actions=3, device="cpu", continuous=False, **settings):
 
 def random_batch(T=6, B=3, A=3, seed=0):
     g = torch.Generator().manual_seed(seed)
-    return dict(
-        image=torch.randint(0, 256, (T, B, 1, 64, 64), generator=g).byte(),
-        action=F.one_hot(torch.randint(A, (T, B), generator=g), A).float(),
-        reward=torch.randn(T, B, generator=g), is_first=torch.rand(T, B, generator=g) < 0.2,
-        is_terminal=torch.rand(T, B, generator=g) < 0.2)
+    fifth = lambda: torch.rand(T, B, generator=g) < 0.2
+    return dict(image=torch.randint(0, 256, (T, B, 1, 64, 64), generator=g).byte(),
+                action=F.one_hot(torch.randint(A, (T, B), generator=g), A).float(),
+                reward=torch.randn(T, B, generator=g), is_first=fifth(), is_terminal=fifth())
 
 
 # ------------------------------------------------------------------------- doctests
@@ -160,16 +159,19 @@ def test_actor_loss_by_hand():
     assert v.grad is None
 
 
-def test_losses_are_means(draws):
+@pytest.mark.parametrize("tanh", [True, False])
+def test_losses_are_means(tanh, draws):
     """D7: a mean over T·B of the paper's summands, so twice the data, same loss."""
-    agent, batch = tiny_agent(), random_batch()
+    agent, batch = tiny_agent(reward_tanh=tanh), random_batch()
     twice = {k: torch.cat([v, v], 1) for k, v in batch.items()}
-    nn.init.zeros_(agent.world_model.decoder.net[-1].weight)  # predicts 0: biases are zero
+    for net in agent.world_model.decoder.net, agent.world_model.reward_head:
+        nn.init.zeros_(net[-1].weight)  # predicts 0: biases are zero
     once, doubled = (agent.world_model.loss(**data)[2] for data in (batch, twice))
     assert once["model_loss"].item() == pytest.approx(doubled["model_loss"].item(), rel=1e-5)
-    error = (batch["image"] / 255 - 0.5).square().mean().item()
-    assert once["image_loss"].item() == pytest.approx(  # of 4096 pixels
-        4096 * (0.5 * error + HALF_LOG_2PI), rel=1e-5)
+    reward = batch["reward"].tanh() if tanh else batch["reward"]
+    for name, target, size in ("image", batch["image"] / 255 - 0.5, 4096), ("reward", reward, 1):
+        assert once[f"{name}_loss"].item() == pytest.approx(  # of 4096 pixels, of a number
+            size * (0.5 * target.square().mean().item() + HALF_LOG_2PI), rel=1e-5)
 
 
 def test_a_piece_says_what_it_takes_and_names_the_shape():
@@ -194,10 +196,9 @@ def test_a_piece_says_what_it_takes_and_names_the_shape():
 def test_slow_critic():
     """D12 and the schedule: born equal, copied after updates 0, 3, 6, ... and else kept."""
     agent, batch = tiny_agent(slow_every_updates=3, critic_lr=1e-2), random_batch()
-    copied = []
+    copied, both = [], (agent.critic, agent.slow_critic)
     for _ in range(8):
-        copied.append(all(torch.equal(a, b) for a, b in zip(
-            agent.critic.parameters(), agent.slow_critic.parameters())))
+        copied.append(all(map(torch.equal, *(critic.parameters() for critic in both))))
         agent.train_step(batch)
     assert copied == [True] + [True, False, False, True, False, False, True]
     assert any("slow_critic" in k for k in agent.state_dict())  # and it is saved
@@ -384,9 +385,8 @@ def test_parity_encoder_and_decoder():
 
 @pytest.mark.parametrize("case", ["draw", "mode"])
 def test_parity_world_model_loss(case, draws):
-    settings = {k: float(PARITY["wm/" + v]) for k, v in dict(
-        gamma="discount_gamma", kl_scale="loss_scale/kl",
-        discount_scale="loss_scale/discount").items()}
+    settings = {k: float(PARITY["wm/" + v]) for k, v in dict(gamma="discount_gamma",
+                kl_scale="loss_scale/kl", discount_scale="loss_scale/discount").items()}
     model = d.Agent(d.Config(**RELEASED | settings), A).world_model
     with_weights(model, "wm/w", MODEL_NAMES)
     model.rssm.initial = lambda n: their_state("wm/state/")
@@ -579,14 +579,12 @@ def test_action_baseline_and_advantage_are_those_that_the_flags_name(slow, shift
     metrics = agent.train_step(random_batch())
     assert_close(metrics["returns"], returns.output.mean())
     assert returns.inputs["lambda_"] == 0.7
-
     features, actions = imagined.output
     end = agent.config.horizon - shift
     policy = agent.policy(features[:end])
     baseline = (agent.slow_critic if slow else agent.critic)(features[:end]).squeeze(-1)
-    expected = dict(
-        log_prob=policy.log_prob(actions[1:end + 1]), entropy=policy.entropy(),
-        returns=returns.output[shift:], baseline=baseline, weights=weights.output[:end])
+    expected = dict(log_prob=policy.log_prob(actions[1:end + 1]), entropy=policy.entropy(),
+                    returns=returns.output[shift:], baseline=baseline, weights=weights.output[:end])
     assert_close({name: actor.inputs[name] for name in expected}, expected)
 
 
@@ -613,9 +611,8 @@ def test_free_nats_and_bits_stop_the_kl_below_them(settings, draws):
 
 
 # ------------------------------------------------------------ ablations and policies
-@pytest.mark.parametrize("name", [*PRESETS, *"""layer_norm reward_gradients
-    discrete_latents kl_balancing policy_reinforce image_gradients discount_head
-    reward_tanh""".split()])
+@pytest.mark.parametrize("name", [*PRESETS, *"""layer_norm reward_gradients discrete_latents
+    kl_balancing policy_reinforce image_gradients discount_head reward_tanh""".split()])
 def test_a_step_of_every_switch_and_preset(name, monkeypatch):
     """Every module learns, except the one that is switched off. Not the slow critic."""
     settings, batch = PRESETS.get(name, {name: False}) | SIZES, random_batch()
@@ -646,8 +643,7 @@ def test_without_layer_norm_the_gates_are_the_linear_layers_outputs():
 @pytest.mark.parametrize("on, discrete", [*itertools.product([True, False], repeat=2)])
 def test_a_stopped_head_learns_but_teaches_the_rssm_nothing(head, other, flag, on, discrete):
     """Only that head's term is left: both scales and the other head's weights are 0."""
-    agent = tiny_agent(
-        **{flag: on}, discrete_latents=discrete, kl_scale=0.0, discount_scale=0.0)
+    agent = tiny_agent(**{flag: on}, discrete_latents=discrete, kl_scale=0.0, discount_scale=0.0)
     for weight in getattr(agent.world_model, other).parameters():
         nn.init.zeros_(weight)
     gradients = Recorder(agent.world_model)
@@ -656,8 +652,7 @@ def test_a_stopped_head_learns_but_teaches_the_rssm_nothing(head, other, flag, o
     assert taught == ({"encoder", "rssm", head} if on else {head})
 
 
-@pytest.mark.parametrize("off", [
-    {}, dict(policy_reinforce=False), dict(continuous=True)])
+@pytest.mark.parametrize("off", [{}, dict(policy_reinforce=False), dict(continuous=True)])
 @pytest.mark.parametrize("step, rho, eta", [
     (0, 0.9, 3e-3), (1.25e6, 0.95, 1.65e-3), (2.5e6, 1.0, 3e-4), (9e6, 1.0, 3e-4)])
 def test_schedules_are_linear_and_reinforce_stays_off(step, rho, eta, off, monkeypatch):
@@ -665,16 +660,6 @@ def test_schedules_are_linear_and_reinforce_stays_off(step, rho, eta, off, monke
     tiny_agent(**settings).train_step(random_batch(), step)
     found = loss.inputs["reinforce_mix"], loss.inputs["entropy_scale"]
     assert found == pytest.approx((0.0 if off else rho, eta))
-
-
-@pytest.mark.parametrize("on", [True, False])
-def test_reward_tanh_is_the_targets(on):
-    agent, batch = tiny_agent(reward_tanh=on), random_batch()
-    nn.init.zeros_(agent.world_model.reward_head[-1].weight)  # predicts 0: biases are zero
-    metrics = agent.world_model.loss(**batch)[2]
-    target = batch["reward"].tanh() if on else batch["reward"]
-    assert metrics["reward_loss"].item() == pytest.approx(
-        0.5 * (target ** 2).mean().item() + HALF_LOG_2PI)
 
 
 def test_gaussian_latents_are_their_formulas():
@@ -707,8 +692,7 @@ def test_the_gaussian_models_losses_are_gaussian(monkeypatch):
     assert kl_part.item() == pytest.approx(1000 * metrics["kl"].item(), rel=1e-3)
 
 
-@pytest.mark.parametrize("mean, s", [
-    (0.0, 0.0), (2.0, -3.0), (-1.0, 4.0), (0.3, -8.0), (0.5, -1.0)])
+@pytest.mark.parametrize("mean, s", [(0, 0), (2, -3), (-1, 4), (0.3, -8), (0.5, -1)])
 def test_truncated_normal_is_a_distribution_within_its_bounds(mean, s):
     """Against sums over a fine grid; and moments and gradients of its samples."""
     params = torch.tensor([mean, s], dtype=torch.float64).requires_grad_()
@@ -825,15 +809,13 @@ def meta_agent(monkeypatch, config, num_actions, continuous=False):
 @pytest.mark.parametrize("continuous", [False, True])
 @pytest.mark.parametrize("settings", [
     {}, dict(reinforce_mix=0.5), dict(discrete_latents=False), PRESETS["v3"]])
-def test_a_step_and_a_decision_stay_on_their_device_and_read_nothing_back(
-        settings, continuous, monkeypatch):
+def test_a_step_and_a_decision_read_nothing_back(settings, continuous, monkeypatch):
     config, memory = d.Config(**DEBUG, **settings), None
     agent, batch = meta_agent(monkeypatch, config, 3, continuous)
     for greedy in (False, True):
         action, memory = agent.act(batch["image"][0], batch["is_first"][0], memory, greedy)
     metrics = agent.train_step(batch)
-    found = (action, memory[1], *memory[0], *metrics.values())
-    assert {x.device.type for x in found} == {"meta"}
+    assert {x.device.type for x in (action, memory[1], *memory[0], *metrics.values())} == {"meta"}
 
 
 class Launches(TorchDispatchMode):
@@ -1052,14 +1034,11 @@ def undreamt(monkeypatch):
 
 
 def run(*flags, main=None):
-    """main() in this process: its status, argparse's, or 1 where a run breaks off."""
+    """main() in this process: its status, or argparse's."""
     try:
         return (main or d.main)([*map(str, flags)])
     except SystemExit as stop:
-        if not isinstance(stop.code, str):
-            return stop.code
-        print(stop.code, file=sys.stderr)
-        return 1
+        return stop.code
 
 
 def lines(logdir):
@@ -1110,24 +1089,29 @@ def test_rows_are_aligned_on_a_counting_environment(tmp_path):
     assert torch.equal(batch["reward"][~first].long(), seen[~first] // 10 * 10 + 7)
 
 
-def test_playing_remembers_and_keeps_the_score(monkeypatch):
+def test_playing_remembers_keeps_the_score_and_shows_the_state(monkeypatch):
+    """In this state h is the mean of the image, which this decoder shows beside the image."""
     def act(image, is_first, memory, greedy):
-        asked.append(((memory or [0])[0] + 1, greedy))
-        return torch.eye(5)[[1]], asked[-1]
+        asked.append(((memory or [0, 0])[1] + 1, greedy))
+        h = d.preprocess(torch.tensor(image)).mean((2, 3))
+        return torch.eye(5)[[1]], (d.State(h, torch.zeros(1, 1, 1)), asked[-1][0])
 
-    asked, reset, echo = [], watch(monkeypatch, "reset", d.Envs), types.SimpleNamespace(act=act)
-    assert d.evaluate(echo, make("tests/Counting-v0"), 3, seed=5).tolist() == [[100.0, 4]] * 3
+    model = types.SimpleNamespace(decoder=lambda x: x[:, 1, None, None, None].expand(-1, 1, 64, 64))
+    agent = types.SimpleNamespace(device="cpu", world_model=model, act=act)
+    asked, reset, game = [], watch(monkeypatch, "reset", d.Envs), "tests/Counting-v0"
+    assert d.evaluate(agent, make(game), 3, seed=5).tolist() == [[100.0, 4]] * 3
     assert asked == [(i, True) for i in range(1, 3 * 5 + 1)] and reset.inputs["seed"] == 5
-    two = make("tests/Counting-v0", 2)
-    pytest.raises(AssertionError, d.evaluate, echo, two, 3, 5).match("short episodes")
+    pytest.raises(AssertionError, d.evaluate, agent, make(game, 2), 3, 5).match("short episodes")
+    film = d.draw_play(agent, make(game), 0)
+    assert film.shape == (200, 64, 129, 1) and (film[:, :, :64] == film[:, :, 65:]).all()
+    assert film[:, 0, 0, 0].tolist() == [0, 11, 21, 31, 41] * 40  # from row 400 on
 
 
 # ---------------------------------------------------------------------------- replay
 def counting_row(t, n, writer=0):
     """Row t of environment e holds t everywhere, plus 1000·e in the reward; and its writer."""
     return d.Row(np.full((n, 1, 2, 2), t, np.uint8), np.float32([[t, writer]] * n),
-                 np.float32(t + 1000 * np.arange(n)), np.array([t % 5 == 0] * n),
-                 np.array([t % 5 == 4] * n))
+                 np.float32(t + 1000 * np.arange(n)), *(np.full(n, t % 5 == k) for k in (0, 4)))
 
 
 def fill(replay, rows, writer=0):
@@ -1188,24 +1172,21 @@ def test_replay_sequences_are_whole_also_after_a_kill(num_envs, torn, tmp_path):
 # ---------------------------------------------------------------------- environments
 def test_atari_protocol(monkeypatch):
     from ale_py import vector_env
-
     defaults = inspect.signature(vector_env.AtariVectorEnv).parameters
     made = watch(monkeypatch, "AtariVectorEnv", vector_env)
     envs = d.make_envs(d.Config())
     assert {k: made.inputs.get(k, v.default) for k, v in defaults.items()}.items() >= dict(
         repeat_action_probability=0.25, full_action_space=True, noop_max=30, num_envs=1,
         frameskip=4, max_num_frames_per_episode=108_000, img_height=64, img_width=64,
-        stack_num=1, maxpool=True, grayscale=True, reward_clipping=False,
-        episodic_life=False, life_loss_info=False, use_fire_reset=False,
-        continuous=False).items()
+        stack_num=1, maxpool=True, grayscale=True, reward_clipping=False, episodic_life=False,
+        life_loss_info=False, use_fire_reset=False, continuous=False).items()
     assert envs.reset(0).image.shape == (1, 1, 64, 64)
     assert (envs.num_actions, envs.frames_per_step) == (18, 4)
     pytest.raises(AssertionError, envs.step, np.eye(19)[[18]]).match(r"\(N, A\)")
     envs = make("ALE/Breakout-v5", action_repeat=3, sticky=0.5, max_noops=0, time_limit=10,
                 full_action_space=False)
-    assert envs.num_actions == 4 and made.inputs.items() >= dict(
-        frameskip=3, noop_max=1, repeat_action_probability=0.5,
-        max_num_frames_per_episode=30).items()
+    assert envs.num_actions == 4 and made.inputs.items() >= dict(frameskip=3, noop_max=1,
+        repeat_action_probability=0.5, max_num_frames_per_episode=30).items()
 
 
 def test_what_the_user_registered_is_not_replaced_by_an_atari_game(monkeypatch):
@@ -1251,8 +1232,7 @@ def test_games_that_cannot_be_played_say_why(role, space, capsys):
         assert run("--game", game, "--logdir", "run") == 2 and not Path("run").exists()
         Colours.open.clear()
     err = capsys.readouterr().err.splitlines()[-1]
-    assert re.match(f"dreamerv2.py: --game {game}: .*wrapper", err)
-    assert str(space) in err
+    assert re.match(f"dreamerv2.py: --game {game}: .*wrapper", err) and str(space) in err
 
 
 def test_infos_are_left_out_and_rewards_may_be_arrays_but_not_nan():
@@ -1268,6 +1248,7 @@ def test_infos_are_left_out_and_rewards_may_be_arrays_but_not_nan():
 
 
 def test_actions_are_scaled_to_their_box_and_repeated_or_counted_from_its_start():
+    """Rounding may leave the box: in float32, -0.7 + 1 * (0.1 - -0.7) is more than 0.1."""
     envs = make("tests/Levers-v0", 2, action_repeat=3, time_limit=2)
     assert (envs.continuous, envs.num_actions, envs.frames_per_step) == (True, 2, 3)
     envs.reset(0)
@@ -1281,6 +1262,14 @@ def test_actions_are_scaled_to_their_box_and_repeated_or_counted_from_its_start(
     with mock.patch.object(Counting, "action_space", Discrete(3, start=1)):
         env = d.PlainGame(Counting())
         assert env.reset()[0].max() == 0 and [env.step(a)[0].max() for a in (0, 2)] == [11, 23]
+    game, played, box = Levers(), [], Box(np.float32([-1.2, -0.7]), np.float32([2.5, 0.1]))
+    game.action_space = box
+    game.step = lambda action: (played.append(action), (game.image, 0.0, False, False, {}))[1]
+    env = d.PlainGame(game)
+    for x in [-1, np.nextafter(-1, 0), np.nextafter(1, 0), 1, *np.linspace(-1, 1, 999)]:
+        env.step(np.full(2, x, np.float32))
+    assert all(map(box.contains, played)) and np.min(played, 0) == pytest.approx(box.low)
+    assert np.max(played, 0) == pytest.approx(box.high)
 
 
 @pytest.mark.parametrize("command", [
@@ -1398,24 +1387,30 @@ def test_eval_and_dream_draw_and_leave_the_run_as_it_is(game, channels, capsys, 
 
 
 # --------------------------------------------------------------------------- running
-
-def test_main_job(tmp_path):
-    flags = "--prefill-steps 100 --steps 200 --log-every-steps 50 --eval-every-steps 150".split()
-    out = subprocess.run([sys.executable, HERE / "dreamerv2.py", *QUICK, *flags, "--logdir", "run"],
-                         capture_output=True, text=True, cwd=tmp_path)
+def test_alone_in_a_folder_it_trains_logs_draws_plays_and_dreams(tmp_path):
+    """In a process of its own, whose output is no terminal. Importing it does nothing."""
+    flags = [*QUICK, *"""--prefill-steps 100 --steps 200 --log-every-steps 50
+        --eval-every-steps 150 --logdir run""".split()]
+    shutil.copy(HERE / "dreamerv2.py", tmp_path)
+    out = subprocess.run([sys.executable, "-Bc", f"""if True:
+        import os, dreamerv2
+        print(os.listdir())
+        for extra in [], ["--eval"], ["--dream"]:
+            assert dreamerv2.main({flags} + extra) == 0"""],
+        capture_output=True, text=True, cwd=tmp_path)
     assert out.returncode == 0 and "/200" not in out.stderr and "\r" not in out.stderr, out.stderr
-    assert "Breakout: 18 actions" in out.stdout and "fp32 on" in out.stdout
+    assert re.match(r"\['dreamerv2.py'\]\n(.|\n)*Breakout: 18 actions.*fp32 on", out.stdout)
     assert re.findall(r"^(\d+)/200 ", out.stdout, re.M) == ["150", "200"]
     rows = lines(tmp_path / "run")
     assert [row["step"] for row in rows] == [150, 200] and all(
         math.isfinite(v) for row in rows for v in row.values() if v is not None)
     assert rows[1].items() >= dict(frames=800, updates=25).items() and rows[1].keys() >= set(
-        """step wall_time_s image_loss reward_loss kl discount_loss prior_entropy
-        posterior_entropy actor_entropy actor_loss critic_loss value returns model_grad_norm
-        actor_grad_norm critic_grad_norm episode_return episode_length updates_per_s
-        eval_return eval_length""".split())
-    assert {p.name for p in (tmp_path / "run").iterdir()} == {
-        "config.json", "metrics.jsonl", "checkpoint.pt", "lock", "replay.npy", "dream.png"}
+        """step wall_time_s updates_per_s image_loss reward_loss discount_loss kl prior_entropy
+        posterior_entropy actor_entropy actor_loss critic_loss model_grad_norm actor_grad_norm value
+        critic_grad_norm returns episode_return episode_length eval_return eval_length""".split())
+    assert {x.name for x in contents(tmp_path)} == {
+        "dreamerv2.py", "run-eval.png", "run-dream.png", "config.json", "metrics.jsonl",
+        "checkpoint.pt", "lock", "replay.npy", "dream.png"}
     assert read_png(tmp_path / "run" / "dream.png")[0].shape == (50, 9 * 65, 12 * 65, 1)
 
 
@@ -1454,7 +1449,9 @@ def in_step(monkeypatch, undreamt):
 @pytest.mark.parametrize("number, step, saved", [
     (signal.SIGINT, 33, 33), (signal.SIGTERM, 33, 33), (signal.SIGTERM, 44, 40)])
 def test_ctrl_c_and_sigterm_lose_nothing(number, step, saved, tmp_path, in_step, capsys):
-    flags = (*CATCH, "--logdir", tmp_path, "--steps")
+    flags, load = (*CATCH, "--logdir", tmp_path, "--steps"), d.load_agent
+    with mock.patch.object(d, "load_agent", lambda *x: signal.raise_signal(number) or load(*x)):
+        assert run(*flags, 48) == 128 + number  # in a start
     in_step(step, lambda: signal.raise_signal(number))  # 44: in the evaluation after decision 40
     assert run(*flags, 10**6, "--eval-every-steps", 40) == 128 + number
     assert "the same command goes on" in capsys.readouterr().out
@@ -1497,15 +1494,14 @@ def test_help_and_paths_on_any_console(encoding, tmp_path, monkeypatch):
     assert out.count("(default:") == len(dataclasses.fields(d.Config))
 
 
-def test_standard_error_may_be_none_an_odd_object_or_a_terminal_of_0x0(tmp_path, monkeypatch):
+def test_standard_error_may_be_none_an_odd_object_or_a_terminal_of_0x0(tmp_path):
     shown, (main, terminal) = [], os.openpty()
     reader = threading.Thread(target=lambda: [
         shown.append(data) for data in iter(lambda: os.read(main, 1), b"\4")])
     reader.start()
     odd = types.SimpleNamespace(write=lambda text: None, flush=lambda: None)
     for stream in None, odd, os.fdopen(terminal, "w"):
-        with monkeypatch.context() as patch:
-            patch.setattr(sys, "stderr", stream)
+        with contextlib.redirect_stderr(stream):
             assert run("--steps", 0) == 2 and run(
                 *CATCH, "--num-envs", 3, "--prefill-steps", 300, "--steps", 301, *UNSEEN,
                 "--logdir", tmp_path / type(stream).__name__) == 0
@@ -1522,18 +1518,16 @@ def test_every_flag_runs(tmp_path, monkeypatch):
         hidden_size=11, cnn_depth=3, mlp_layers=1, mlp_units=13, horizon=3, anneal_steps=200,
         slow_every_updates=3, log_every_steps=20, eval_every_steps=50, eval_episodes=2)
     assert all(flags[k] != v for k, v in vars(d.Config()).items() if k != "logdir")
-    calls = [watch(monkeypatch, name, owner) for owner, name in (
-        (d.Optimizer, "__init__"), (d.Replay, "__init__"), (d.Replay, "sample"),
-        (d, "load_agent"), (d, "evaluate"))]
+    calls = [watch(monkeypatch, name, owner) for owner, name in ((d.Optimizer, "__init__"), (
+        d.Replay, "__init__"), (d.Replay, "sample"), (d, "load_agent"), (d, "evaluate"))]
     assert run("--logdir", tmp_path, *as_flags(flags)) == 0
     assert settings(tmp_path).items() == flags.items() - {("device", "cpu"), ("precision", "bf16")}
     got, last = {k: v for call in calls for k, v in call.inputs.items()}, lines(tmp_path)[-1]
     assert last["updates"] == (last["step"] - 30) // 8 and last["frames"] == 3 * last["step"]
     assert [last["eval_return"], last["eval_length"]] == calls[-1].output.mean(0).tolist()
     assert calls[3].inputs["config"] == d.Config(**flags, logdir=str(tmp_path))
-    assert calls[3].inputs["envs"].num_envs == 2 and got.items() >= dict(
-        lr=5e-5, eps=5e-6, clip=50.0, decay=5e-7, capacity=900, batch_size=3, seq_len=7,
-        episodes=2).items()
+    assert calls[3].inputs["envs"].num_envs == 2 and got.items() >= dict(lr=5e-5, eps=5e-6,
+        clip=50.0, decay=5e-7, capacity=900, batch_size=3, seq_len=7, episodes=2).items()
 
 
 BAD = """--step 9|--steps|--steps 0|--steps 1.5|--steps many|--seed -1|--batch-size -1|Pong
@@ -1560,7 +1554,6 @@ def test_bad_input_is_one_line_and_status_2(flags, named, tmp_path, capsys):
 
 
 # ---------------------------------------------------------------------- crash safety
-
 @pytest.fixture
 def short_run(tmp_path, tmp_path_factory):
     first = tmp_path_factory.getbasetemp() / "first"
@@ -1569,71 +1562,57 @@ def short_run(tmp_path, tmp_path_factory):
 
 
 WITNESS = """
-import os, sys, zlib
-sys.path.insert(0, sys.argv[1])
-import dreamerv2 as d
-log, add = open(sys.argv[2], "a", buffering=1), d.Replay.add
+import os, sys, zlib, dreamerv2 as d
+log, add = open(sys.argv[1], "a", buffering=1), d.Replay.add
 def witnessed(replay, row):
     said = zlib.crc32(row.image), row.action.argmax(), *(int(x[0]) for x in row[2:])
     print(os.getpid(), replay.count + 1, *said, file=log)
     add(replay, row)
 d.Replay.add = witnessed
-sys.exit(d.main(sys.argv[3:]))
+sys.exit(d.main(sys.argv[2:]))
 """
-
-
-def check_replay(logdir, log, counted):
-    """Each whole row is what was last written under its number, and no number is left out."""
-    rows = np.load(logdir / "replay.npy", "r")[0]
-    table = [[*map(int, line.split())] for line in log.read_text().splitlines()]
-    last = {number: said for _, number, *said in table}
-    for number, image, action, *rest in rows[rows["number"] > 0]:
-        assert [zlib.crc32(image), action.argmax(), *map(int, rest)] == last[number], number
-    newest = max(rows["number"])
-    assert counted <= newest <= len(last) == max(last) <= newest + 1
-    assert min(newest, len(rows) - 1) <= (rows["number"] > newest - len(rows)).sum()
-    return table
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(25, marks=pytest.mark.slow)])
 def test_killed_at_random_moments(kills, tmp_path):
-    """On the real emulator; the ring wraps. The next process goes on, one decision back at most."""
+    """On the real emulator; the ring wraps. The next process goes on, one decision back at most.
+    Each whole row is what was last written under its number, and no number is left out."""
     rng, log, logdir, steps = np.random.default_rng(), tmp_path / "log", tmp_path / "run", 0
-    command = [sys.executable, "-c", WITNESS, HERE, log, *QUICK, "--checkpoint-minutes", "0",
+    command = [sys.executable, "-c", WITNESS, log, *QUICK, "--checkpoint-minutes", "0",
                "--replay-capacity", "50", "--log-every-steps", "10", "--eval-episodes", "0",
                "--logdir", logdir, "--steps"]
-    for _ in range(kills):
-        job = subprocess.Popen(command + ["20000"], stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL)
-        while not (log.exists() and f"{job.pid} " in log.read_text()):
+    for killed in [True] * kills + [False]:
+        job = subprocess.Popen(command + ["20000" if killed else str(steps + 60)],
+                               cwd=HERE, stdout=subprocess.DEVNULL)
+        while killed and not (log.exists() and f"{job.pid} " in log.read_text()):
             assert job.poll() is None
             time.sleep(0.02)
-        time.sleep(rng.uniform(0, 1))
-        job.kill()
-        assert job.wait() == -signal.SIGKILL
+        if killed:
+            time.sleep(rng.uniform(0, 1))
+            job.kill()
+        assert job.wait() == (-signal.SIGKILL if killed else 0)
         n = counters(logdir) if (logdir / "checkpoint.pt").exists() else dict(rows=0, step=0)
-        before, steps, table = steps, n["step"], check_replay(logdir, log, n["rows"])
+        table = [[*map(int, line.split())] for line in log.read_text().splitlines()]
         played = sum(row[0] == job.pid and not row[5] for row in table)
+        before, steps = steps, n["step"]
         assert before + played - 1 <= steps <= before + played
-    done = subprocess.run(command + [str(steps + 60)], capture_output=True)
-    assert done.returncode == 0, done.stderr
-    check_replay(logdir, log, counters(logdir)["rows"])
+        rows, last = np.load(logdir / "replay.npy", "r")[0], {row[1]: row[2:] for row in table}
+        for number, image, action, *rest in rows[rows["number"] > 0]:
+            assert [zlib.crc32(image), action.argmax(), *map(int, rest)] == last[number], number
+        newest = max(rows["number"])
+        assert n["rows"] <= newest <= len(last) == max(last) <= newest + 1
+        assert min(newest, len(rows) - 1) <= (rows["number"] > newest - len(rows)).sum()
     assert all(r["updates"] == (r["step"] - 20) // 4 for r in lines(logdir))
 
 
 @pytest.mark.parametrize("begun", [False, True])
 def test_killed_at_any_moment_of_a_start(begun, tmp_path, short_run, monkeypatch):
     """Before the disk is touched for the first time, the second, ..., until all goes well."""
-    def before(function):
-        def counted(*args, **kwargs):
-            if next(left) <= 0:
-                raise KeyboardInterrupt
-            return function(*args, **kwargs)
-        return counted
-
+    before = lambda function: lambda *args, **kwargs: (touch(), function(*args, **kwargs))[1]
     stage, status = 0, None
     while status != 0:
-        stage, logdir, left = stage + 1, tmp_path / str(stage), itertools.count(stage, -1)
+        stage, logdir = stage + 1, tmp_path / str(stage)
+        touch = mock.Mock(side_effect=[None] * stage + [KeyboardInterrupt] * 99)
         begun and shutil.copytree(short_run, logdir)
         flags = (*CATCH, "--logdir", logdir, *UNSEEN, "--steps", 41 if begun else 1)
         with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
@@ -1648,35 +1627,20 @@ def test_killed_at_any_moment_of_a_start(begun, tmp_path, short_run, monkeypatch
     assert stage > 10
 
 
-def test_a_signal_in_a_start_or_a_ring_that_went_round_does_not_end_a_run(
-        tmp_path, monkeypatch, in_step):
-    flags = (*CATCH, "--logdir", tmp_path, "--replay-capacity", 24, *UNSEEN, "--steps")
-    load = d.load_agent
-    with monkeypatch.context() as patch:
-        patch.setattr(d, "load_agent", lambda *args: signal.raise_signal(2) or load(*args))
-        assert run(*flags, 30) == 130
-    assert run(*flags, 30) == 0
-    in_step(40, mock.Mock(side_effect=KeyboardInterrupt))
-    pytest.raises(KeyboardInterrupt, run, *flags, 90)  # no row is left that was counted
-    assert counters(tmp_path)["step"] == 31 and run(*flags, 90) == 0
-    assert lines(tmp_path)[-1]["step"] == 90
-
-
 @pytest.mark.parametrize("name, damage, said", [
     *(("replay.npy", damage, "replay.npy") for damage in ("half", "gone", b"")),
     *((name, damage, "is damaged") for name in ("checkpoint.pt", "config.json")
       for damage in ("half", b"", b"[]")), ("checkpoint.pt", "gone", "is missing|train first"),
-    ("config.json", (b'"horizon": 4', b'"horizon": "x"'), "is damaged"),
-    ("config.json", (b"true", b'"no"'), "is damaged"),
-    ("config.json", (b'"gamma": 0', b'"gamma": -0'), "gamma -0.995"),
-    ("config.json", (b'"seq_len": 8', b'"seq_len": 99'), "seq_len 99"),
-    ("config.json", (b'"mlp_units": 16', b'"mlp_units": 9'), "checkpoint.pt"),
-    ("config.json", (b"{", b'{"cuda_graphs": true,'), "another version"),
+    *(("config.json", change, said) for change, said in [
+        (dict(horizon="x"), "is damaged"), (dict(layer_norm="no"), "is damaged"),
+        (dict(gamma=-0.995), "gamma -0.995"), (dict(seq_len=99), "seq_len 99"),
+        (dict(mlp_units=9), "checkpoint.pt"), (dict(cuda_graphs=True), "another version")]),
     ("lock", b"long enough to be no database" * 40, "is not a database")])
 def test_what_cannot_be_read_is_one_line_and_left_as_it_is(name, damage, said, short_run, capsys):
     path, data = short_run / name, (short_run / name).read_bytes()
-    path.write_bytes(damage if isinstance(damage, bytes) else data[:len(data) // 2] if isinstance(
-        damage, str) else data.replace(*damage))
+    if isinstance(damage, dict):
+        damage = json.dumps(settings(short_run) | damage).encode()
+    path.write_bytes(data[:len(data) // 2] if isinstance(damage, str) else damage)
     damage != "gone" or path.unlink()
     bad = contents(short_run)
     for flags in [["--steps", 50], ["--eval"]][:1 + (name in ("checkpoint.pt", "config.json"))]:
@@ -1737,27 +1701,22 @@ def test_a_full_disk(tmp_path, short_run, capsys, monkeypatch):
 
 def test_a_second_process_is_refused_and_sigterm_frees_the_folder(tmp_path, capsys, undreamt):
     flags = (*CATCH, "--checkpoint-minutes", 0, "--logdir", tmp_path, "--steps", 20_000)
-    command = [sys.executable, HERE / "dreamerv2.py", *map(str, flags)]
-    job = subprocess.Popen(["sh", "-c", 'exec "$@" 2>&-', "sh", *command], text=True,
-                           stdout=subprocess.PIPE)
+    script = ["sh", "-c", 'exec "$@" 2>&-', "sh", sys.executable, HERE / "dreamerv2.py"]
+    job = subprocess.Popen([*script, *map(str, flags)], text=True, stdout=subprocess.PIPE)
     while not (tmp_path / "checkpoint.pt").exists():
         assert job.poll() is None
         time.sleep(0.02)
     assert run(*flags) == 2 and run("--logdir", tmp_path, "--dream") == 0
-    assert re.fullmatch(f".*{tmp_path} is in use.* locked\n", capsys.readouterr().err)
+    assert re.fullmatch(f"dreamerv2.py: {tmp_path} is in use .*, .*writ.*, or .*no lock.* locked\n",
+                        capsys.readouterr().err)
     job.terminate()
     assert "the same command goes on" in job.communicate()[0] and job.returncode == 143
     assert run(*flags[:-1], counters(tmp_path)["step"] + 10) == 0
-    with mock.patch.object(d.sqlite3, "connect", side_effect=d.sqlite3.OperationalError("no I/O")):
-        assert run(*flags) == 2
-    assert re.fullmatch(f"dreamerv2.py: {tmp_path} is in use .*, .*writ.*, or .*no locks: no I/O\n",
-                        capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("name, module, log, minutes", [
     ("critic_loss", "critic", 4, 1000), ("image_loss", "world_model.decoder", 1000, 0)])
-def test_a_number_that_is_not_finite_stops_the_run(
-        name, module, log, minutes, short_run, capsys, monkeypatch):
+def test_what_is_not_finite_ends_the_run(name, module, log, minutes, short_run, capsys):
     real, path = d.Agent.train_step, short_run / "checkpoint.pt"
 
     def poisoned(agent, batch, step):
@@ -1767,10 +1726,10 @@ def test_a_number_that_is_not_finite_stops_the_run(
         return real(agent, batch, step)
 
     flags = (*CATCH, "--logdir", short_run, *UNSEEN, "--steps", 60, "--log-every-steps", log)
-    with monkeypatch.context() as patch:
-        patch.setattr(d.Agent, "train_step", poisoned)
+    with mock.patch.object(d.Agent, "train_step", poisoned):
         assert run(*flags, "--checkpoint-minutes", minutes) == 2
-    assert re.fullmatch(f"dreamerv2.py: not finite: .*'{name}': nan.*{path}.*\n", capsys.readouterr().err)
+    assert re.fullmatch(f"dreamerv2.py: not finite: .*'{name}': nan.*{path}.*\n",
+                        capsys.readouterr().err)
     assert counters(short_run)["step"] == (41 if minutes else 51)
     assert all(x.isfinite().all() for x in torch.load(path, weights_only=True)["agent"].values())
     assert run(*flags) == 0 and lines(short_run)[-1]["step"] == 60
@@ -1792,7 +1751,6 @@ def test_checkpoints_come_by_the_clock(minutes, log, expected, tmp_path, monkeyp
 
 
 # -------------------------------------------------------------------------- learning
-
 @pytest.mark.slow
 @pytest.mark.parametrize("before, after, flags", [
     (-0.5, 0.0, "--game Catch --steps 9000"),
@@ -1807,19 +1765,6 @@ def test_learns(before, after, flags, tmp_path):
     assert run("--preset", "small", *flags.split(), "--logdir", tmp_path, *UNSEEN) == 0
     returns = [row["episode_return"] for row in lines(tmp_path)]
     assert returns[0] < before and np.mean(returns[-2:]) > after
-
-
-def test_a_rescaled_action_never_leaves_its_box():
-    """Rounding may do that: in float32, -0.7 + 1 * (0.1 - -0.7) is more than 0.1."""
-    game, played = Levers(), []
-    game.action_space = Box(np.float32([-1.2, -0.7]), np.float32([2.5, 0.1]))
-    game.step = lambda action: (played.append(action), (game.image, 0.0, False, False, {}))[1]
-    env = d.PlainGame(game)
-    for x in [-1, np.nextafter(-1, 0), np.nextafter(1, 0), 1, *np.linspace(-1, 1, 999)]:
-        env.step(np.full(2, x, np.float32))
-    assert all(map(game.action_space.contains, played))
-    assert np.min(played, 0) == pytest.approx(game.action_space.low)
-    assert np.max(played, 0) == pytest.approx(game.action_space.high)
 
 
 def test_a_run_with_continuous_actions(tmp_path, capsys):
@@ -1891,18 +1836,6 @@ def test_a_checkpoint_restores_weights_moments_and_the_range_of_returns(tmp_path
     assert n == dict(step=7, updates=3, rows=9)
 
 
-def test_eval_shows_what_was_played():
-    """A state beside its own image: h is the image's mean, which this decoder shows."""
-    agent = types.SimpleNamespace(
-        device="cpu", world_model=types.SimpleNamespace(
-            decoder=lambda feature: feature[:, 1, None, None, None].expand(-1, 1, 64, 64)),
-        act=lambda image, *_: (torch.eye(5)[[1]], [d.State(
-            d.preprocess(torch.tensor(image)).mean((2, 3)), torch.zeros(1, 1, 1))]))
-    film = d.draw_play(agent, make("tests/Counting-v0"), 0)
-    assert film.shape == (200, 64, 129, 1) and (film[:, :, :64] == film[:, :, 65:]).all()
-    assert film[:, 0, 0, 0].tolist() == [0, 11, 21, 31, 41] * 40  # from row 400 on
-
-
 def test_same_seed_same_numbers_another_seed_others(tmp_path, monkeypatch, undreamt):
     """Each evaluation plays other episodes; so does a resumed run."""
     seeds, runs, reset, load = [], [], d.Envs.reset, d.load_agent
@@ -1925,8 +1858,7 @@ def test_same_seed_same_numbers_another_seed_others(tmp_path, monkeypatch, undre
 README = HERE / "README.md"
 OPTIONS = {"--" + name.replace("_", "-") for name in vars(d.Config())}
 CELLS = re.split(r"^(?=# %% Part)", SOURCE, flags=re.M)
-
-LIMIT, CODE = 1771, 936  # lines, of code; on the way to 1650 and 880
+LIMIT, CODE = 1727, 916  # lines, of code; on the way to 1650 and 880
 
 
 def test_the_file_is_small():
@@ -2022,8 +1954,7 @@ def test_flags_are_the_fields_of_config_in_every_text():
 
 
 def test_help_of_a_config_with_a_field_of_ones_own(monkeypatch, capsys):
-    source = SOURCE.replace("    # Run\n", "    mine: int = 3\n")
-    Path("changed.py").write_text(source, encoding="utf-8")
+    Path("changed.py").write_text(SOURCE.replace("    # Run\n", "    mine: int = 3\n"), "utf-8")
     monkeypatch.syspath_prepend(Path.cwd())
     module = importlib.import_module("changed")
     pytest.raises(SystemExit, module.read_flags, ["--help"]).match("^0$")
@@ -2072,7 +2003,7 @@ CRUCIAL = [
     ('c.gamma * (1 - batch["is_terminal"].reshape(1, -1).float())',
      "head_mean(model.discount_head(features[:1])).sigmoid()", "true_start"),
     ("c.gamma * (1 - is_terminal.float())", "1 - is_terminal.float()", "parity_world_model"),
-    ("reward.tanh() if c.reward_tanh else reward", "reward", "reward_tanh"),
+    ("reward.tanh() if c.reward_tanh else reward", "reward", "losses_are_means"),
     ('batch["is_first"][0] = True\n        return', "return", "replay_sequences"),
     ("(~is_first).astype(np.float32)", "np.ones(len(is_first), np.float32)", "rows_are_aligned"),
 ]
@@ -2091,31 +2022,6 @@ def test_a_crucial_line_is_explained_and_missed(part, rest, tests, tmp_path, mon
     status = pytest.main([__file__, "-qxs", "-k", tests, f"--basetemp={tmp_path / 'inner'}",
                           *(f"-pno:{plugin}" for plugin in off)])
     assert status == (pytest.ExitCode.TESTS_FAILED if part else pytest.ExitCode.OK)
-
-
-def by_hand(folder, files, *command):
-    """python with these arguments, in a folder of these files and without pytest."""
-    for name in files:
-        shutil.copy(HERE / name, folder)
-    (folder / "no").mkdir()
-    (folder / "no" / "pytest.py").write_text("raise ImportError")
-    path = dict(PYTHONPATH=str(folder / "no"), PYTHONDONTWRITEBYTECODE="1")
-    return subprocess.run([sys.executable, *command], cwd=folder, env=os.environ | path,
-                          capture_output=True, text=True)
-
-
-def test_dreamerv2_runs_alone_and_importing_it_does_nothing(tmp_path):
-    """In a folder that holds nothing else: it trains with a picture, plays and dreams."""
-    assert "test_dreamerv2" not in SOURCE
-    flags = [*CATCH, "--logdir", "run", "--steps", "30"]
-    out = by_hand(tmp_path, ["dreamerv2.py"], "-c", f"""if True:
-        import os, dreamerv2
-        print(sorted(os.listdir()))
-        for extra in [], ["--eval"], ["--dream"]:
-            assert dreamerv2.main({flags} + extra) == 0""")
-    assert out.returncode == 0 and out.stdout.startswith("['dreamerv2.py', 'no']\n"), out.stderr
-    assert {p.name for p in tmp_path.rglob("*.png")} == {
-        "dream.png", "run-eval.png", "run-dream.png"}
 
 
 def test_readme_is_short_and_what_it_names_exists(capsys):
@@ -2157,8 +2063,11 @@ def test_the_trained_agents_are_shown_and_not_trained(capsys, tmp_path):
 # -------------------------------------------------------------------------- measuring
 def test_benchmark_needs_two_files_and_not_pytest(tmp_path):
     files = ["dreamerv2.py", "test_dreamerv2.py"]
-    out = by_hand(tmp_path, files, files[1], "--benchmark", *CATCH,
-                  *"--num-envs 3 --precision bf16 --prefill-steps 200".split())
+    [shutil.copy(HERE / name, tmp_path) for name in files]
+    (tmp_path / "pytest.py").write_text("raise ImportError")
+    out = subprocess.run([sys.executable, "-B", files[1], "--benchmark", *CATCH, "--num-envs", "3",
+                          "--precision", "bf16", "--prefill-steps", "200"],
+                         cwd=tmp_path, capture_output=True, text=True)
     assert out.returncode == 0 and "bf16 on cpu" in out.stdout, out.stderr
     numbers = dict(re.findall(r"^([\w /,%-]+?) {2,}([\d.e+-]+)$", out.stdout, re.M))
     assert len(numbers) >= 7 and all(float(v) > 0 for v in numbers.values())
@@ -2176,12 +2085,11 @@ def of(agent, games=None):
 @pytest.mark.parametrize("agent, printed", [  # the paper's Table 1
     ("IQN", (1.29, 8.85, 0.21, 0.21)), ("Rainbow", (1.47, 9.12, 0.17, 0.17)),
     ("C51", (1.09, 7.70, 0.15, 0.15)), ("DQN", (0.65, 2.84, 0.12, 0.12))])
-def test_the_papers_table_1_from_the_published_scores(agent, printed, monkeypatch):
+def test_the_papers_table_1_from_the_published_scores(agent, printed):
     """To the printed digit; the gamer mean with other papers' James Bond, to 0.02."""
     ours = list(summarize_scores(of(agent)).values())
-    other = PUBLISHED["Jamesbond"] | dict(random=29, gamer=302.8)
-    monkeypatch.setitem(PUBLISHED, "Jamesbond", other)
-    others = list(summarize_scores(of(agent)).values())
+    with mock.patch.dict(PUBLISHED["Jamesbond"], random=29, gamer=302.8):
+        others = list(summarize_scores(of(agent)).values())
     assert ours[1] > printed[1] + 0.4 and others[1] == pytest.approx(printed[1], abs=0.02)
     assert [round(ours[i], 2) for i in (0, 2, 3)] == [printed[i] for i in (0, 2, 3)]
 
@@ -2223,9 +2131,8 @@ def test_scores_of_runs(tmp_path, capsys):
     points = [x.attrib["points"] for x in boxing.findall("{*}polyline")]
     # The highest score is 50, the lowest that of random play; 140 pixels lie between.
     assert points[0].split()[::2] == ["150.0,40.0", "292.0,146.3"] and len(points) == 2
-    assert "/".join(x.text for x in boxing.findall("{*}text")) == (
-        "Boxing/0 to 4,000,000 frames; 0.1 to 50.0 points/random 0.1/human 12.1/"
-        "authors at 1M 38")
+    assert [x.text for x in boxing.findall("{*}text")] == ["Boxing", "0 to 4,000,000 frames; 0.1"
+        " to 50.0 points", "random 0.1", "human 12.1", "authors at 1M 38"]
     assert [len(panel.findall("{*}text")) for panel in others] == [5, 2]  # Pong, Catch
     assert contents(tmp_path) == before
     out, err = capsys.readouterr()
@@ -2290,9 +2197,8 @@ def benchmark(config, envs):
     every = (2 + int(0.5 / step)) * max(config.steps_per_update, config.num_envs)
     start = -(-size[0] * config.num_envs // every) * every
     with contextlib.redirect_stdout(io.StringIO()):
-        d.train(dataclasses.replace(
-            config, prefill_steps=start, steps=start + 3 * every, log_every_steps=every,
-            eval_episodes=0, replay_capacity=2 * start + 3 * every))
+        d.train(dataclasses.replace(config, prefill_steps=start, steps=start + 3 * every,
+            log_every_steps=every, eval_episodes=0, replay_capacity=2 * start + 3 * every))
     before, loop, _ = map(json.loads, Path(config.logdir, "metrics.jsonl").open())
     a = torch.randn(2 * [8192 if device.type == "cuda" else 2048], device=device)
     a = a.bfloat16() if agent.precision == "bf16" else a
@@ -2455,8 +2361,6 @@ def summarize_scores(scores: dict[str, float]) -> dict[str, float]:
     14712.2 5670.54 7878.62 3229.23 2065.8; YarsRevenge 3092.9 54576.9 15000105 5718.2 152364 84144
     45542 11746.6 23909.4; Zaxxon 32.5 9173.3 83700 110 46625.6 11022.9 14603 6502.33 4538.57
     """.split(";"))
-
-
 PUBLISHED = {game: dict(zip(COLUMNS, map(float, row))) for game, *row in ROWS}
 AGENTS = COLUMNS[4:]
 
