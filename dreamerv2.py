@@ -63,7 +63,7 @@ SYMBOLS, in the paper and here.
 
 SOURCES. "Paper:" is what the paper says, "Authors' code:" what danijar/dreamerv2 does
 (07d906e, version 2.2.0, unless another is named), "Here:" our choice. The paper's table
-gives the defaults; where it is silent, the authors' code. Each difference between the
+gives most defaults; where it is silent, the authors' code. Each difference between the
 three has a number, and either a flag that chooses or a test that shows our choice:
          paper              version 2.2.0          here             flag or test
     D1   4 decisions/step   16                     4                --steps-per-update
@@ -73,7 +73,7 @@ three has a number, and either a flag that chooses or a test that shows our choi
     D5   V_t - v(z_t)       V_{t+1} - v(z_t)       V_t - v(z_t)     --shifted-advantage
     D6   all 18 actions     those a game uses      all 18           --full-action-space
     D7   losses are sums    means                  means           test_losses_are_means
-    D8   inside an episode  inside an episode      across ends    test_replay_is_uniform
+    D8   rows of 1 episode  rows of 1 episode      across ends    test_replay_is_uniform
     D9   Adam's ε not said  ε before unbiasing     ε after it       test_parity_agent
     D10  no-ops not said    1 to 30                0 to 29          --max-noops
     D11  precision not said float16                bfloat16, CUDA   --precision
@@ -85,7 +85,7 @@ three has a number, and either a flag that chooses or a test that shows our choi
 
 COST at the paper's size: 22.2M parameters, 12.5M gradient steps of 2.37 TFLOP, a replay
 of 8.36 GB; the paper says under 10 days on a V100. HEALTH: image_loss sinks towards
-4096·½ ln 2π = 3764, no error at all (11 292 in colour), kl rises to some nats,
+4096·½ ln 2π = 3764, its least (11 292 in colour), kl rises to some nats,
 actor_entropy sinks slowly from ln 18 = 2.89. Nothing was trained at that size here.
 Tests compare losses and updates with the authors' code.
 """
@@ -100,8 +100,8 @@ from typing import NamedTuple
 # Idle OpenMP threads wait by spinning, which makes a gradient step up to 100 times as
 # long beside another busy process. This lets them sleep. It must precede torch.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-# glibc gives a large tensor's memory back to the system, and soon asks for it again. To
-# keep it saves a fifth of a CPU step at the paper's size. Other libraries differ.
+# glibc gives a large tensor's memory back to the system, and soon asks for it again.
+# Keeping it saves a fifth of a CPU step at the paper's size. Other libraries differ.
 with suppress(AttributeError, OSError, TypeError):
     ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
     ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
@@ -115,8 +115,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 # %% Part 1 | Configuration
-# Every number of the algorithm. WorldModel, Agent and Parts 10 to 13 read a Config; all
-# else takes plain numbers, ready to be copied. In: nothing. Out: one Config.
+# Every number of the algorithm. WorldModel, Agent, Parts 10, 12, 13 read a Config; what
+# else there is takes plain numbers, ready to be copied. In: nothing. Out: one Config.
 # Predict: how many gradient steps does the paper's run of 50M decisions make?
 
 
@@ -167,7 +167,7 @@ class Config:
     horizon: int = 15  # imagined steps, H; paper: 15
     gamma: float = 0.995  # discount γ; paper's table: 0.995 [D2]
     return_lambda: float = 0.95  # λ of the return; paper: 0.95
-    reinforce_mix: float = 1.0  # ρ: 1 is all Reinforce, 0 (always for Box) dynamics
+    reinforce_mix: float = 1.0  # ρ: 1 is Reinforce, 0 (Box: always) backpropagation
     entropy_scale: float = 1e-3  # weight of the policy's entropy, η; paper: 1e-3
     anneal_steps: int = 0  # decisions until ρ and η are the next two; 0: no change
     reinforce_mix_end: float = 1.0  # ρ after anneal_steps
@@ -177,15 +177,15 @@ class Config:
     slow_every_updates: int = 100  # gradient steps between slow copies; paper: 100
     slow_baseline: bool = False  # take the baseline from the slow critic [D4]
     shifted_advantage: bool = False  # credit a_t with V_{t+1} instead of V_t [D5]
-    # Ablations, with the paper's two averages over games (Table 2): median relative to
-    # a gamer, mean relative to the record. The full agent has 1.64 and 0.25.
+    # Ablations. "off" gives Table 2's averages over games: median relative to a gamer,
+    # clipped mean relative to the record. The full agent has 1.64, 0.25.
     layer_norm: bool = True  # normalise the GRU's gates; off: 1.66, 0.25
     reward_gradients: bool = True  # reward loss trains the RSSM; off: 1.68, 0.24
     discrete_latents: bool = True  # z is categorical; off, Gaussian: 1.08, 0.19
     kl_balancing: bool = True  # Algorithm 2; off, the plain KL: 0.84, 0.16
     policy_reinforce: bool = True  # Reinforce gradients; off, ρ = 0: 0.69, 0.15
     image_gradients: bool = True  # image loss trains the RSSM; off: 0.04, 0.01
-    # What DreamerV3 changed, see the end of Part 2; preset v3 turns all four on
+    # What DreamerV3 changed; preset v3 turns all four on
     symexp_twohot: bool = False  # reward head and critic: a cross-entropy on 255 bins
     free_bits: float = 0.0  # each KL term of a state trains only above this; V3: 1
     return_scale: float = 0.0  # advantages / max(this, returns' range); 0: off; V3: 1
@@ -269,7 +269,7 @@ def straight_through_sample(logits: Tensor) -> Tensor:
 
 def categorical_entropy(logits: Tensor) -> Tensor:
     """Entropy in nats over the last axis, (..., K) -> (...); at most ln K.
-    >>> round(32 * categorical_entropy(torch.zeros(32)).item(), 1)     # the most of z
+    >>> round(32 * categorical_entropy(torch.zeros(32)).item(), 1)     # z's maximum
     110.9
     """
     log_p = logits.log_softmax(-1)
@@ -411,7 +411,7 @@ def head_mean(out: Tensor) -> Tensor:
     """The number that a head predicts, (...). An output (..., 1) is that number. An
     output (..., K) are logits of the symexp_bins, of which the mean is predicted:
         Σ_k p[k]·bins[k] = ½ Σ_k (p[k] - p[K-1-k])·bins[k]
-    The second form is exactly 0 for equal p, where the first leaves rounding errors.
+    Since bins[K-1-k] = -bins[k], the second form is exactly 0 for equal p.
     >>> head_mean(torch.zeros(255)).item()
     0.0
     """
@@ -515,9 +515,9 @@ class LayerNormGRUCell(nn.Module):
         c  = tanh(σ(reset) · cand)
         u  = σ(update - 1)
         h' = u · c + (1 - u) · h
-    x (..., input), h (..., D) -> h' (..., D). No other layer here has a norm. torch's
-    GRUCell has none either. There `reset` leaves the input's part of the candidate
-    alone, nothing is subtracted from `update`, and u weighs the OLD state.
+    x (..., input), h (..., D) -> h' (..., D). It is the only norm here. torch's GRUCell
+    has none: there `reset` gates only h's part of the candidate, nothing is subtracted
+    from `update`, and u weighs the OLD state.
     >>> cell = LayerNormGRUCell(2, 1)
     >>> for p in cell.parameters(): _ = nn.init.zeros_(p)   # all gates zero
     >>> round(cell(torch.zeros(1, 2), torch.ones(1, 1)).item(), 4)      # 1 - σ(-1)
@@ -570,7 +570,7 @@ class RSSM(nn.Module):
     """Recurrent state-space model with categorical latents. [Eq. 1]
     `img_step` goes on without an image (imagination), `obs_step` with one (acting), and
     `observe` through a whole sequence (training). Weights and inputs are float32; to
-    multiply in bfloat16, as Agent does, call it under torch.autocast.
+    multiply in bfloat16, as Agent does, but for `observe`, use torch.autocast.
     >>> rssm = RSSM(action_dim=2, embed_dim=12, num_latents=3, num_classes=4,
     ...             deter_size=8, hidden_size=7)
     >>> posterior, prior_logits = rssm.observe(
@@ -580,8 +580,8 @@ class RSSM(nn.Module):
     >>> posterior.feature.shape                                          # 3·4 + 8
     torch.Size([5, 6, 20])
 
-    With discrete=False (--no-discrete-latents) z is S·K Gaussians, where the authors
-    have S, and what is called logits are their params (..., S, 2K), see `gaussian`.
+    With discrete=False (--no-discrete-latents) z is S·K Gaussians (the authors have
+    S), and what is called logits are their params (..., S, 2K), see `gaussian`.
     """
     def __init__(self, action_dim, embed_dim, num_latents=32, num_classes=32,
                  deter_size=600, hidden_size=600, layer_norm=True, unimix=0.0,
@@ -693,9 +693,9 @@ class WorldModel(nn.Module):
             E_q Σ_t [ -ln p(x[t] | h[t], z[t]) - ln p(r[t] | h[t], z[t])
                       -ln p(γ[t] | h[t], z[t]) + β KL(q(z | h[t], x[t]) ‖ p(z | h[t])) ]
         image (T, B, C, 64, 64) uint8, action (T, B, A), reward, is_first, is_terminal
-        (T, B) -> loss (scalar), posterior State over (T, B), metrics. It sums over
-        pixels and latents, averaged over T and B [D7]; discount_scale weighs the
-        discount's term [D14]. So the image's 4096 terms outweigh the reward's one.
+        (T, B) -> loss (scalar), posterior State over (T, B), metrics. Terms are sums
+        over pixels and latents, means over T and B [D7]; discount_scale weighs the
+        discount's [D14]. So the image's 4096 terms outweigh the reward's one.
         """
         assert image.shape[-2:] == (64, 64), "images must be (T, B, C, 64, 64)"
         c, target = self.config, preprocess(image)
@@ -769,8 +769,8 @@ def imagine(img_step, actor, start: State, horizon: int) -> tuple[Tensor, Tensor
     for _ in range(horizon):
         # With ρ < 1 the gradient of a return reaches each action through the dynamics.
         # As in the authors' code, it ends there. Without the detach it would go on into
-        # the state where the action was chosen: earlier actions would be judged by how
-        # they change later choices, too, through up to H - 1 more biased samples.
+        # the action's state: earlier actions would also be judged by how they change
+        # later choices, through still more biased (straight-through) samples.
         action = actor(features[-1].detach()).rsample()
         state = img_step(state, action)
         features.append(state.feature)
@@ -812,7 +812,7 @@ def lambda_return(reward, value, discount, lambda_: float) -> Tensor:
     """λ-returns: a weighted mean of all n-step returns. [Eq. 4]
         V[t] = r[t] + γ[t] · ((1 - λ) · v(z[t+1]) + λ · V[t+1]),    V[H] = v(z[H])
     value (H+1, N); reward and discount (H, N), or (H+1, N) whose last entry is not used
-    -> returns (H, N). γ[t] is 0 if arriving in z[t] ended the game. What follows it is
+    -> returns (H, N). γ[t] is 0 if arriving in z[t] ended the game. Next is z[t+1],
     worth v(z[t+1]): with v(z[t]) the critic would learn the return of staying in z[t].
     >>> r, v = torch.tensor([1.0, 2.0]), torch.tensor([8.0, 4.0, 2.0])
     >>> g = torch.tensor([0.5, 0.5])
@@ -873,7 +873,7 @@ def actor_loss(log_prob, entropy, returns, baseline, weights, *, entropy_scale,
     detached; entropy (H, N) of the policy there; returns, baseline, weights (H, N) ->
     loss (scalar), metrics. For ρ < 1, returns carry the actor's gradient. Subtracting
     v(z[t]), which knows nothing of a_t, keeps the mean gradient, at far less variance.
-    advantage_scale divides the advantage in DreamerV3.
+    advantage_scale is DreamerV3's, see Agent.
     >>> logits = torch.zeros(1, 2).requires_grad_()              # two equal actions
     >>> log_prob, ent = logits.log_softmax(-1)[:, 0], torch.zeros(1)  # chose the first
     >>> V, v, w = torch.tensor([3.0]), torch.tensor([1.0]), torch.ones(1)
@@ -968,9 +968,9 @@ class Agent(nn.Module):
 
     def autocast(self):
         """In bf16, layers multiply in bfloat16, except in observe; all else stays
-        float32. Autocast keeps the bfloat16 copy of a weight until its `with` ends. In
-        one, no optimiser may step, since that copy would be stale; and no layer may run
-        without gradients and then with them, since that copy passes no gradient on."""
+        float32. Autocast keeps the bfloat16 copy of a weight until its `with` ends. So
+        inside it no optimiser may step (a stale copy), and no layer may run first
+        without gradients and then with them (a copy that passes none on)."""
         return torch.autocast(
             self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
@@ -1007,13 +1007,13 @@ class Agent(nn.Module):
         done = min(1.0, step / c.anneal_steps) if c.anneal_steps else 0.0
         rho = c.reinforce_mix + done * (c.reinforce_mix_end - c.reinforce_mix)
         eta = c.entropy_scale + done * (c.entropy_scale_end - c.entropy_scale)
-        # Paper: continuous actions learn by dynamics alone; --no-policy-reinforce: all.
+        # Paper: continuous actions learn by dynamics alone, as all do in the ablation.
         by_reinforce = c.policy_reinforce and self.distribution is OneHot
         return rho if by_reinforce else 0.0, eta
 
     def advantage_scale(self, returns: Tensor) -> Tensor | float:
-        """What advantages are divided by: 1; in DreamerV3 max(return_scale, S), where S
-        is a running mean of the returns' range from the 5th to the 95th percentile. So
+        """What advantages are divided by: 1; in DreamerV3 max(return_scale, spread), a
+        running mean of the returns' range from the 5th to the 95th percentile. So
         one η fits large returns, too; small ones, maybe noise, are not scaled up."""
         if not self.config.return_scale:
             return 1.0
@@ -1103,7 +1103,7 @@ class Row(NamedTuple):
 class Replay:
     """A ring of rows for each environment, in a memory-mapped .npy file. `capacity`
     counts all rows; `row` is any row of the game and gives the layout. UsageError: the
-    file is damaged or of another layout. Each worker of a DataLoader needs a seed of
+    file is damaged or of another layout. In a DataLoader each worker needs a seed of
     its own, or all draw the same batches.
     >>> import tempfile
     >>> folder, no = tempfile.TemporaryDirectory(), np.zeros(1, bool)
@@ -1114,8 +1114,8 @@ class Replay:
     >>> sorted(set(map(tuple, rewards.T.tolist())))   # of rows 0 to 6 four are left
     [(3.0, 4.0, 5.0), (4.0, 5.0, 6.0)]
 
-    A checkpoint keeps the `count` of rows. A process that is killed has written more,
-    over the oldest, and perhaps half a row. So each row stores its number, and 0 while
+    A checkpoint keeps the `count` of rows. A killed process has since written others
+    over the oldest, the last perhaps by half. So a row stores its number, and 0 while
     it is being written. Here the checkpoint counts 7, then came 8, 9 and half of 10:
         slot     0    1    2    3
         number   9    0    7    8
@@ -1134,13 +1134,13 @@ class Replay:
                 with open(path, "r+b") as file:
                     os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
         try:
-            np.load(path, "r")  # refuses a file that was cut short, "r+" would fill it
+            np.load(path, "r")  # refuses a file that was cut; "r+" would fill it up
             self.rows = np.asarray(np.load(path, "r+"))
             if (self.rows.dtype, self.rows.shape) != (dtype, shape):
                 raise ValueError("it holds other rows")
         except (FileNotFoundError, EOFError, ValueError) as error:
             raise UsageError(f"{path}: {error}; choose another --logdir") from None
-        # A lap later the torn row lies in the next row's slot: ask the one after, too.
+        # After a lap the torn row may lie in the slot of count + 1: ask count + 2, too.
         while max(self.found(self.count + 1), self.found(self.count + 2)) > self.count:
             self.count += 1
         self.oldest = max(1, self.count - self.length + 1)
@@ -1228,7 +1228,7 @@ def to_image(image: np.ndarray) -> np.ndarray:
 
 class PlainGame(gymnasium.Wrapper):
     """A Gymnasium game with images (C, 64, 64), and with actions that count from 0 or
-    lie in [-1, 1]; UsageError names what does not fit, as a Dict of images. Infos are
+    lie in [-1, 1]; UsageError names what does not fit, such as a Dict. Infos are
     left out: a vector environment cannot merge those that change their shape."""
     def __init__(self, env: gymnasium.Env):
         super().__init__(env)
@@ -1266,7 +1266,7 @@ class Envs:
     """N copies of a game as rows, from a gymnasium vector environment that resets in
     the step AFTER an episode's end (NEXT_STEP, the default). That step ignores the
     action and returns the next episode's first image: a row with is_first, which is no
-    decision. `ended` lists [raw score, decisions] of episodes that ended with a row."""
+    decision. `ended` lists [raw score, decisions] of episodes that this row ended."""
     def __init__(self, vector_env, action_repeat: int):
         actions, self.frames_per_step = vector_env.single_action_space, action_repeat
         self.vector_env, self.num_envs = vector_env, vector_env.num_envs
@@ -1292,7 +1292,7 @@ class Envs:
     def step(self, action: np.ndarray | Tensor) -> Row:
         """Play actions (N, A), one-hot or in [-1, 1]: the row that they led to."""
         action = torch.as_tensor(action).cpu().numpy()  # here the CPU waits for a GPU
-        # An action out of range hangs ale-py, Ctrl-C included: A entries rule it out.
+        # ale-py hangs for ever on an action out of range; argmax of A entries is none.
         assert action.shape == (self.num_envs, self.num_actions), "not (N, A)"
         chosen = action if self.continuous else action.argmax(-1)
         images, reward, terminated, truncated, _ = self.vector_env.step(chosen)
@@ -1324,8 +1324,8 @@ def make_envs(config: Config, num_envs: int = 1) -> Envs:
             envs = gymnasium.vector.SyncVectorEnv([make_one] * num_envs)
             boxed = isinstance(envs.single_action_space, Box)
             return Envs(envs, c.action_repeat if boxed else 1)
-        import ale_py  # noqa: F401  It registers its games, some over the user's own,
-        gymnasium.registry.update(own_games)  # which come back here.
+        import ale_py  # noqa: F401  registers its games, some over the user's
+        gymnasium.registry.update(own_games)  # puts the user's back
         # Gray, resized by area, the maximum of the last two frames, because consoles
         # drew some sprites in every other one. No frame stack: the RSSM remembers.
         return Envs(gymnasium.make_vec(
@@ -1347,7 +1347,7 @@ def make_envs(config: Config, num_envs: int = 1) -> Envs:
 
 
 def play(agent: Agent, envs: Envs, seed: int, greedy: bool):
-    """Plays without end: yields each row, and the State in which it left the agent."""
+    """Plays without end: yields each row, and the agent's State after it."""
     row, memory = envs.reset(seed), None
     while True:
         action, memory = agent.act(row.image, row.is_first, memory, greedy)
@@ -1376,8 +1376,8 @@ def to_pixels(image: Tensor) -> np.ndarray:
 @torch.no_grad()
 def draw_dream(agent: Agent, envs: Envs, seed: int) -> np.ndarray:
     """Four sequences of 50 rows side by side as frames (50, 3·65, 4·65, 1 or 3). From
-    the top: what happened; what the model says, which sees the first 5 images (under a
-    white line), then only actions; half the difference, gray where it is 0."""
+    the top: what happened; what the model says, which sees the first 5 images (a white
+    line marks them), then only actions; half the difference, gray where it is 0."""
     seen, model = 5, agent.world_model
     played = itertools.islice(play(agent, envs, seed, greedy=False), 200, 400)
     batch = (torch.from_numpy(np.concatenate(x)).to(agent.device)
@@ -1434,7 +1434,7 @@ def to_png(frames: np.ndarray, milliseconds: int = 100) -> bytes:
 
 
 # %% Part 12 | Training
-# `train` is the whole run. A kill at any moment leaves in its folder config.json, all
+# `train` is the whole run. A kill at any moment leaves in its folder config.json, the
 # settings; checkpoint.pt, made every minute; replay.npy, whose rows after the
 # checkpoint are known by their numbers; metrics.jsonl, from which the next start cuts
 # the lines after the checkpoint. In: a Config. Out: that folder, and an exit status.
@@ -1454,7 +1454,7 @@ def write_file(path: Path, data: bytes) -> None:
 def save_checkpoint(path: Path, agent: Agent, **counters) -> None:
     """Weights, Adam's state and counters; the next start seeds random numbers anew."""
     adam = {k: o.adam.state_dict()["state"] for k, o in agent.optimizers.items()}
-    data = io.BytesIO()  # torch.save would meet a full disk with a RuntimeError
+    data = io.BytesIO()  # torch.save itself hides a full disk in a RuntimeError
     torch.save(dict(agent=agent.state_dict(), adam=adam, counters=counters), data)
     write_file(path, data.getbuffer())
 
@@ -1507,7 +1507,7 @@ def lock(folder: Path) -> sqlite3.Connection:
 
 def train(config: Config, signals=()) -> int:
     """Begin the run of config.logdir, or go on with it, until its steps are made or
-    `signals`, a list to which a handler appends, holds one; returns the exit status."""
+    a handler has put a signal into the list `signals`; returns the exit status."""
     c, folder = config, Path(config.logdir)
     log, path = folder / "metrics.jsonl", folder / "checkpoint.pt"
     print("opening one game to learn, one to evaluate (none with --eval-episodes 0)")
@@ -1523,11 +1523,11 @@ def train(config: Config, signals=()) -> int:
         with open(log, "a") as file:
             file.truncate(min(file.tell(), n["log_bytes"]))
         began, saved_at = time.monotonic() - n["wall_time_s"], -math.inf
-        last, period, ended, done = n, [], [], n["step"] >= c.steps
+        last, period, ended, ending = n, [], [], n["step"] >= c.steps or bool(signals)
         bar = tqdm(total=c.steps, initial=min(n["step"], c.steps), unit="step",
                    disable=None, file=sys.stderr or io.StringIO(), ncols=79, nrows=20)
         say = print if bar.disable else bar.write
-        while not (done or signals):
+        while not ending:
             # Act: at random while the replay fills, then as the actor says.
             before = n["step"]
             if before < c.prefill_steps:
@@ -1561,8 +1561,8 @@ def train(config: Config, signals=()) -> int:
             # line or a checkpoint, because the CPU then has to wait for a GPU.
             n = dict(step=step, frames=step * envs.frames_per_step, rows=replay.count,
                      updates=agent.updates, wall_time_s=time.monotonic() - began)
-            ending, means = done or bool(signals), {}
-            write = ending or step // c.log_every_steps > before // c.log_every_steps
+            ending, every, means = done or bool(signals), c.log_every_steps, {}
+            write = ending or scores or step // every > before // every
             save = ending or time.monotonic() >= saved_at + 60 * c.checkpoint_minutes
             if period and (write or save):
                 means = dict(zip(metrics, torch.stack(period).mean(0).tolist()))
@@ -1583,12 +1583,13 @@ def train(config: Config, signals=()) -> int:
                 save_checkpoint(path, agent, **n, log_bytes=log.stat().st_size)
                 saved_at = time.monotonic()
         say(f"{n['step']:,} decisions, {agent.updates:,} gradient steps: {folder}")
-    return 0 if done else 128 + signals[0]
+    return 0 if n["step"] >= c.steps else 128 + signals[0]
 
 
 # %% Part 13 | Command line
 # A new run takes its settings from its preset and from what the user types; a resumed
-# run from its config.json, but for the names below. In: flags. Out: an exit status.
+# run from its config.json; there, only MAY_CHANGE and NOT_STORED may be typed anew.
+# In: flags. Out: an exit status.
 # Predict: --gamma 0.9 --no-layer-norm: what does the program take from that?
 
 MAY_CHANGE = "steps log_every_steps eval_every_steps eval_episodes checkpoint_minutes"
@@ -1633,7 +1634,7 @@ def pick_device(name: str) -> torch.device:
 def stored_settings(config: Config) -> bytes:
     """What config.json holds: one setting a line."""
     stored = {k: v for k, v in vars(config).items() if k not in NOT_STORED}
-    return json.dumps(stored, indent=1, default=lambda x: x.item()).encode()  # numpy's
+    return json.dumps(stored, indent=1, default=lambda x: x.item()).encode()  # of numpy
 
 
 def choose_settings(typed: dict) -> Config:
@@ -1693,8 +1694,8 @@ def show(config: Config, what: str) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit status. The first Ctrl-C or SIGTERM ends a run
-    after the decision in hand, the second at once."""
+    """The command line; returns the exit status. Ctrl-C or SIGTERM ends a run after
+    the decision in hand; the same again at once."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # for consoles that know no Greek letters
             stream.reconfigure(errors="replace", line_buffering=True)
@@ -1716,9 +1717,9 @@ def main(argv: list[str] | None = None) -> int:
             signal.signal(number, stop)
         return train(config, signals)
     except (UsageError, OSError) as error:
-        full = (errno.ENOSPC, errno.EFBIG)  # the disk, or the user's share of it
+        full = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)  # disk, file limit, quota
         if isinstance(error, OSError) and error.errno not in full:
-            raise  # it may be the user's game's, and its traceback names the line
+            raise  # perhaps from the user's game: its traceback names the line
         print("dreamerv2.py:", *str(error).split(), file=sys.stderr)
         return 2
 
