@@ -63,7 +63,7 @@ SYMBOLS, in the paper and here.
 
 SOURCES. "Paper:" is what the paper says, "Authors' code:" what danijar/dreamerv2 does
 (07d906e, version 2.2.0, unless another is named), "Here:" our choice. The paper's table
-gives most defaults; where it is silent, the authors' code. Each difference between the
+gives most defaults, where it is silent mostly the authors' code. Each difference of the
 three has a number, and either a flag that chooses or a test that shows our choice:
          paper              version 2.2.0          here             flag or test
     D1   4 decisions/step   16                     4                --steps-per-update
@@ -85,7 +85,7 @@ three has a number, and either a flag that chooses or a test that shows our choi
 
 COST at the paper's size: 22.2M parameters, 12.5M gradient steps of 2.37 TFLOP, a replay
 of 8.36 GB; the paper says under 10 days on a V100. HEALTH: image_loss sinks towards
-4096·½ ln 2π = 3764, its least (11 292 in colour), kl rises to some nats,
+4096·½ ln 2π = 3764, its least (11 292 in colour), kl rises to a few nats,
 actor_entropy sinks slowly from ln 18 = 2.89. Nothing was trained at that size here.
 Tests compare losses and updates with the authors' code.
 """
