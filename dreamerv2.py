@@ -1644,7 +1644,8 @@ def choose_settings(typed: dict) -> Config:
     device = pick_device(typed.get("device", "auto")).type
     preset = typed.get("preset", "atari" if device == "cuda" else "small")
     why = "as asked" if "preset" in typed else (
-        f"for a {device}; --preset atari is for a CUDA GPU, --preset small for a CPU")
+        "for a CUDA GPU; --preset small is for a CPU" if device == "cuda" else
+        "for a CPU; --preset atari is for a CUDA GPU, without which try Catch first")
     c = Config(**dict(preset=preset) | read_flags(PRESETS[preset].split()) | typed)
     name = re.sub(r"[^\w.-]", "_", c.game)
     c.logdir = os.path.expanduser(c.logdir or f"runs/{name}-{preset}-seed{c.seed}")
@@ -1678,7 +1679,7 @@ def show(config: Config, what: str) -> int:
     play. Pictures come into the current folder; the run's is only read."""
     folder = Path(config.logdir)
     if not os.path.exists(folder / "checkpoint.pt"):
-        raise UsageError(f"no checkpoint in {folder}: train first, or --logdir")
+        raise UsageError(f"no checkpoint in {folder}: train first, or fix --logdir")
     with closing(make_envs(config)) as envs:
         agent, n = load_agent(config, envs)
         seed = n["step"] + 1  # not the episodes of the run's own evaluation
