@@ -169,7 +169,7 @@ class Config:
     return_lambda: float = 0.95  # λ of the return; paper: 0.95
     reinforce_mix: float = 1.0  # ρ: 1 is Reinforce, 0 (Box: always) backpropagation
     entropy_scale: float = 1e-3  # weight of the policy's entropy, η; paper: 1e-3
-    anneal_steps: int = 0  # decisions until ρ and η are the next two; 0: no change
+    anneal_steps: int = 0  # decisions until ρ and η are at their _end; 0: fixed
     reinforce_mix_end: float = 1.0  # ρ after anneal_steps
     entropy_scale_end: float = 3e-4  # η after anneal_steps
     actor_lr: float = 4e-5  # learning rate of the actor; paper: 4e-5
@@ -515,7 +515,7 @@ class LayerNormGRUCell(nn.Module):
         c  = tanh(σ(reset) · cand)
         u  = σ(update - 1)
         h' = u · c + (1 - u) · h
-    x (..., input), h (..., D) -> h' (..., D). It is the only norm here. torch's GRUCell
+    x (..., input), h (..., D) -> h' (..., D). The norm is the only one. torch's GRUCell
     has none: there `reset` gates only h's part of the candidate, nothing is subtracted
     from `update`, and u weighs the OLD state.
     >>> cell = LayerNormGRUCell(2, 1)
@@ -943,8 +943,8 @@ class Agent(nn.Module):
         self.num_actions, self.updates = num_actions, 0
         self.device, self.precision = torch.device(device), c.precision
         if c.precision == "auto":
-            gpu = self.device.type == "cuda" and torch.cuda.is_bf16_supported(False)
-            self.precision = "bf16" if gpu else "fp32"
+            fast = self.device.type == "cuda" and torch.cuda.is_bf16_supported(False)
+            self.precision = "bf16" if fast else "fp32"
         self.world_model = WorldModel(c, num_actions, channels)
         size, widths = self.world_model.rssm.feature_size, (c.mlp_layers, c.mlp_units)
         self.distribution = TruncatedNormal if continuous else OneHot
@@ -1103,8 +1103,8 @@ class Row(NamedTuple):
 class Replay:
     """A ring of rows for each environment, in a memory-mapped .npy file. `capacity`
     counts all rows; `row` is any row of the game and gives the layout. UsageError: the
-    file is damaged or of another layout. In a DataLoader each worker needs a seed of
-    its own, or all draw the same batches.
+    file is damaged or of another layout. With count 0 a new one replaces it. Workers
+    of a DataLoader need seeds of their own, or all draw the same batches.
     >>> import tempfile
     >>> folder, no = tempfile.TemporaryDirectory(), np.zeros(1, bool)
     >>> row = Row(np.zeros((1, 1)), np.zeros((1, 1)), np.zeros(1), no, no)
@@ -1670,7 +1670,7 @@ def choose_settings(typed: dict) -> Config:
         if not isinstance(value, (str, bool)) and not least <= value < math.inf:
             raise UsageError(f"{name} {value}: must be at least {least}")
     if c.seq_len > min(c.prefill_steps, c.replay_capacity) // c.num_envs:
-        raise UsageError(f"seq_len {c.seq_len} > prefill_steps or replay_capacity")
+        raise UsageError(f"seq_len {c.seq_len}*envs > prefill_steps or replay_capacity")
     return c
 
 
