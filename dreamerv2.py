@@ -15,7 +15,6 @@ from nothing but the sequences that this model imagines.
     python dreamerv2.py --game Breakout       # train; the same command resumes the run
     python dreamerv2.py --game Catch --preset small --steps 12000   # minutes on a CPU
     python dreamerv2.py --game Catch --preset small --eval    # watch that agent play
-    python -m doctest dreamerv2.py            # run the examples in the docstrings
 
 THE LOOP, with the paper's numbers, and the part of this file that holds each line:
     read the settings                                                       Parts 1, 13
@@ -61,10 +60,9 @@ SYMBOLS, in the paper and here.
     p(ẑ|h)       prior                        η          entropy_scale
     α, β         kl_balance, kl_scale         sg(x)      x.detach()
 
-SOURCES. "Paper:" is what the paper says, "Authors' code:" what danijar/dreamerv2 does
-(07d906e, version 2.2.0, unless another is named), "Here:" our choice. The paper's table
-gives most defaults, where it is silent mostly the authors' code. Each difference of the
-three has a number, and either a flag that chooses or a test that shows our choice:
+SOURCES. The paper's table gives most defaults; where it is silent, mostly the authors'
+code does (danijar/dreamerv2 at 07d906e, version 2.2.0, unless another is named). Each
+difference has a number, and either a flag that chooses or a test that shows our choice:
          paper              version 2.2.0          here             flag or test
     D1   4 decisions/step   16                     4                --steps-per-update
     D2   γ: table 0.995     0.999                  0.995            --gamma
@@ -84,10 +82,9 @@ three has a number, and either a flag that chooses or a test that shows our choi
     D16  Eq. 5, 6: 1..H-1   t = 0..H-1             t = 0..H-1    test_parity_behaviour
 
 COST at the paper's size: 22.2M parameters, 12.5M gradient steps of 2.37 TFLOP, a replay
-of 8.36 GB; the paper says under 10 days on a V100. HEALTH: image_loss sinks towards
-4096·½ ln 2π = 3764, its least (11 292 in colour), kl rises to a few nats,
-actor_entropy sinks slowly from ln 18 = 2.89. Nothing was trained at that size here.
-Tests compare losses and updates with the authors' code.
+of 8.36 GB; the paper says under 10 days on a V100. Nothing was trained at that size
+here. HEALTH: image_loss sinks towards 4096·½ ln 2π = 3764, its least (11 292 in
+colour), kl rises to a few nats, actor_entropy sinks slowly from ln 18 = 2.89.
 """
 from __future__ import annotations
 
@@ -110,13 +107,14 @@ import gymnasium
 import numpy as np
 import torch
 import torch.nn.functional as F
+from gymnasium import wrappers
 from gymnasium.spaces import Box, Discrete
 from torch import Tensor, nn
 from tqdm import tqdm
 
 # %% Part 1 | Configuration
-# Every number of the algorithm. WorldModel, Agent, Parts 10, 12, 13 read a Config; what
-# else there is takes plain numbers, ready to be copied. In: nothing. Out: one Config.
+# Every number of the algorithm. WorldModel, Agent and Parts 10, 12, 13 read a Config;
+# everything else takes plain numbers, ready to be copied.
 # Predict: how many gradient steps does the paper's run of 50M decisions make?
 
 
@@ -136,7 +134,6 @@ class Config:
     device: str = "auto"  # auto (CUDA, else CPU) | cuda | cuda:1 | mps | cpu
     precision: str = "auto"  # auto (bf16 if CUDA has it) | fp32 | bf16 [D11]
     # Environment
-    num_envs: int = 1  # environments played side by side; paper: 1
     action_repeat: int = 4  # frames per decision (Atari, Box actions); paper: 4
     sticky: float = 0.25  # chance a frame keeps the last action (Atari); paper: 0.25
     max_noops: int = 29  # most no-op frames at a reset (Atari); authors' code: 30 [D10]
@@ -177,8 +174,7 @@ class Config:
     slow_every_updates: int = 100  # gradient steps between slow copies; paper: 100
     slow_baseline: bool = False  # take the baseline from the slow critic [D4]
     shifted_advantage: bool = False  # credit a_t with V_{t+1} instead of V_t [D5]
-    # Ablations. "off" gives Table 2's averages over games: median relative to a gamer,
-    # clipped mean relative to the record. The full agent has 1.64, 0.25.
+    # Ablations. off: Table 2's gamer median and clipped record mean; full: 1.64, 0.25
     layer_norm: bool = True  # normalise the GRU's gates; off: 1.66, 0.25
     reward_gradients: bool = True  # reward loss trains the RSSM; off: 1.68, 0.24
     discrete_latents: bool = True  # z is categorical; off, Gaussian: 1.08, 0.19
@@ -199,9 +195,6 @@ class Config:
     eval_every_steps: int = 100_000  # decisions between evaluations, and between dreams
     eval_episodes: int = 1  # of an evaluation; 0: neither these nor dreams are made
     checkpoint_minutes: float = 1.0  # minutes between checkpoints; 0: every decision
-
-    def __post_init__(self):  # ALE/Breakout-v5 and Breakout are one game
-        self.game = re.sub(r"^ALE/(\w+)-v5$", r"\1", self.game)
 
 
 # Strings of flags. Those that the user types override them.
@@ -237,7 +230,6 @@ PRESETS = {
 # %% Part 2 | Gradient tricks (Alg. 1, 2)
 # Two ideas make discrete latents trainable: a sample that carries the gradient of its
 # probabilities, and a KL that pulls the prior harder than the posterior.
-# In: logits (..., S, K). Out: a one-hot sample of that shape; nats per step (...).
 # Predict: if prior and posterior are equal, what are the KL and its gradient?
 
 
@@ -316,14 +308,12 @@ def balanced_kl(posterior, prior, alpha, divergence=categorical_kl, free_bits=0.
     kl = divergence(posterior.detach(), prior)
     train_prior = kl.clamp(min=free_bits)
     train_posterior = divergence(posterior, prior.detach()).clamp(min=free_bits)
-    # Without the balance the posterior is dragged towards a prior that has learned
-    # nothing yet. Paper, Table 2: the gamer median falls from 1.64 to 0.84.
+    # Without the balance the posterior follows a prior that has learned nothing yet.
     return alpha * train_prior + (1 - alpha) * train_posterior, kl.detach()
 
 
 class OneHot:
-    """The policy over A discrete actions, from logits (..., A). Its samples and its
-    mode, the likeliest action, are one-hot (..., A)."""
+    """The policy over A discrete actions: logits (..., A) -> one-hot samples, mode."""
     def __init__(self, logits: Tensor):
         self.logits = logits
 
@@ -341,13 +331,12 @@ class OneHot:
         return categorical_entropy(self.logits)
 
 
-# The rest of this part may be skipped at first. It serves Gaussian latents (an
-# ablation), continuous actions, and what DreamerV3 changed.
+# The rest of this part may wait: Gaussian latents, continuous actions, DreamerV3.
 
 
 def gaussian(params: Tensor) -> torch.distributions.Normal:
-    """(..., 2K) -> K independent normals. The first K numbers are the means; each of
-    the others, s, gives a deviation of 2·σ(s / 2) + 0.1, as in the authors' code."""
+    """(..., 2K) -> K independent normals: K means, then K numbers s, each of which
+    gives a deviation of 2·σ(s / 2) + 0.1, as in the authors' code."""
     mean, s = params.chunk(2, -1)
     return torch.distributions.Normal(mean, 2 * torch.sigmoid(s / 2) + 0.1, False)
 
@@ -441,14 +430,11 @@ def twohot_nll(out: Tensor, target: Tensor) -> Tensor:
 
 # %% Part 3 | Networks
 # Plain feed-forward pieces and the one recurrent cell.
-# In: float32 images (..., C, 64, 64) in [-½, ½] or features (..., F). Out: embeddings,
-# means; float32, or what torch.autocast makes of it.
 # Predict: four convolutions of kernel 4 and stride 2 on 64 pixels: how many are left?
 
 
 def glorot_init(module: nn.Module) -> None:
-    """Keras's initialisation, for `network.apply(glorot_init)`: uniform Glorot weights,
-    zero biases. torch's weights are smaller, its biases random."""
+    """Keras's uniform Glorot weights and zero biases: `network.apply(glorot_init)`."""
     if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
         nn.init.xavier_uniform_(module.weight)
         nn.init.zeros_(module.bias)
@@ -479,6 +465,7 @@ class ConvEncoder(nn.Module):
         self.net = nn.Sequential(*layers)
 
     def forward(self, image: Tensor) -> Tensor:
+        assert image.dim() > 3 and image.shape[-2:] == (64, 64), "not (N, C, 64, 64)"
         out = self.net(image.flatten(0, -4))
         return out.reshape(*image.shape[:-3], self.embed_dim)
 
@@ -541,7 +528,6 @@ class LayerNormGRUCell(nn.Module):
 
 # %% Part 4 | RSSM (Eq. 1)
 # The recurrent state-space model: what the agent believes about the world.
-#
 #     h[t] = f(h[t-1], z[t-1], action[t])        recurrent model, deterministic
 #     z[t] ~ q(z | h[t], x[t])                   posterior: it has seen the image
 #     ẑ[t] ~ p(ẑ | h[t])                         prior: it has to guess
@@ -549,8 +535,6 @@ class LayerNormGRUCell(nn.Module):
 #      z[t-1] ──┐                 ┌── x[t] (embedded)
 #   action[t] ──┴─► GRU ─► h[t] ──┴─► posterior ─► z[t] ──► next step
 #      h[t-1] ──────┘        └──────► prior, trained towards the posterior
-#
-# In: embeddings (T, B, E), actions (T, B, A), is_first (T, B). Out: states (T, B, ...).
 # Predict: with S = 3 variables of K = 4 classes and D = 8, how long is a feature?
 
 
@@ -569,8 +553,9 @@ class State(NamedTuple):
 class RSSM(nn.Module):
     """Recurrent state-space model with categorical latents. [Eq. 1]
     `img_step` goes on without an image (imagination), `obs_step` with one (acting), and
-    `observe` through a whole sequence (training). Weights and inputs are float32; to
-    multiply in bfloat16, as Agent does, but for `observe`, use torch.autocast.
+    `observe` through a whole sequence (training). Weights and inputs are float32. With
+    discrete=False (--no-discrete-latents) z is S·K Gaussians (the authors have S), and
+    what is called logits are their params (..., S, 2K), see `gaussian`.
     >>> rssm = RSSM(action_dim=2, embed_dim=12, num_latents=3, num_classes=4,
     ...             deter_size=8, hidden_size=7)
     >>> posterior, prior_logits = rssm.observe(
@@ -579,9 +564,6 @@ class RSSM(nn.Module):
     (torch.Size([5, 6, 8]), torch.Size([5, 6, 3, 4]), torch.Size([5, 6, 3, 4]))
     >>> posterior.feature.shape                                          # 3·4 + 8
     torch.Size([5, 6, 20])
-
-    With discrete=False (--no-discrete-latents) z is S·K Gaussians (the authors have
-    S), and what is called logits are their params (..., S, 2K), see `gaussian`.
     """
     def __init__(self, action_dim, embed_dim, num_latents=32, num_classes=32,
                  deter_size=600, hidden_size=600, layer_norm=True, unimix=0.0,
@@ -642,8 +624,7 @@ class RSSM(nn.Module):
         and prior logits over (T, B)."""
         assert embeds.shape[:2] == actions.shape[:2] == is_first.shape, "(T, B) differ"
         state, states = self.initial(embeds.shape[1]), []
-        # float32, because these products are small: each would need several kernels to
-        # convert its inputs to bfloat16 and its result back.
+        # float32: for products as small as these, bfloat16 costs more than it saves.
         with torch.autocast(embeds.device.type, enabled=False):
             for embed, action, first in zip(embeds.float(), actions, is_first):
                 state = self.obs_step(state, action, embed, first)
@@ -654,8 +635,7 @@ class RSSM(nn.Module):
 
 
 # %% Part 5 | World model (Eq. 2)
-# All that is learned from real experience: RSSM, encoder, and heads for image, reward
-# and discount. In: rows (T, B, ...). Out: a loss, and states where imagination starts.
+# What learns from real experience: encoder, RSSM, and image, reward, discount heads.
 # Predict: a decoder outputs the exact image. What is its negative log-likelihood?
 
 
@@ -697,7 +677,6 @@ class WorldModel(nn.Module):
         over pixels and latents, means over T and B [D7]; discount_scale weighs the
         discount's [D14]. So the image's 4096 terms outweigh the reward's one.
         """
-        assert image.shape[-2:] == (64, 64), "images must be (T, B, C, 64, 64)"
         c, target = self.config, preprocess(image)
         posterior, prior = self.rssm.observe(self.encoder(target), action, is_first)
         feature = posterior.feature
@@ -744,7 +723,6 @@ class WorldModel(nn.Module):
 
 # %% Part 6 | Imagination
 # The actor acts in the world model, from each of the N = T·B states of the batch.
-# In: N start states. Out: H + 1 features and the actions that led to them; no images.
 # Predict: which action is actions[0]?
 
 
@@ -792,7 +770,6 @@ def open_loop(rssm, embeds: Tensor, actions: Tensor, is_first: Tensor) -> Tensor
 
 # %% Part 7 | Returns and losses (Eq. 4-6)
 # What the imagined sequences are worth, and how the actor and the critic learn from it.
-#
 #     state        z[0]      z[1]      z[2]   ...   z[H-1]      z[H]
 #     reward       r[0]      r[1]      r[2]         r[H-1]      (unused)
 #     discount     γ[0]      γ[1]      γ[2]         γ[H-1]      (unused)
@@ -802,9 +779,7 @@ def open_loop(rssm, embeds: Tensor, actions: Tensor, is_first: Tensor) -> Tensor
 # r[t] is received on ARRIVING in z[t], so the return V[t] contains it. The critic's
 # v(z[t]) predicts V[t] and contains it, too. So r[t] cancels in the advantage V[t] -
 # v(z[t]), as far as the critic has learned: a_t is credited with what follows it.
-# The losses count the states 0 to H-1 [D16], each with its weight w[t], which the paper
-# describes in its text and leaves out of Eq. 5 and 6.
-# In: (H, N) tensors, values (H+1, N). Out: returns (H, N), and scalars to minimise.
+# The losses count states 0 to H-1 [D16], with weights w[t] that Eq. 5 and 6 leave out.
 # Predict: rewards 1, 2, values 8, 4, 2, discounts ½: the returns with λ = ½?
 
 
@@ -886,19 +861,15 @@ def actor_loss(log_prob, entropy, returns, baseline, weights, *, entropy_scale,
     # The advantage only weighs ln p. With ρ < 1 the returns carry a gradient, which
     # without the detach would also flow through this product.
     advantage = (returns - baseline).detach() / advantage_scale
-    objective = (
-        reinforce_mix * log_prob * advantage
-        + (1 - reinforce_mix) * returns
-        + entropy_scale * entropy
-    )
+    objective = (reinforce_mix * log_prob * advantage + (1 - reinforce_mix) * returns
+                 + entropy_scale * entropy)
     loss = -(weights * objective).mean()
     return loss, dict(actor_loss=loss.detach(), actor_entropy=entropy.detach().mean())
 
 
 # %% Part 8 | Agent (Eq. 3)
-# The actor a_t ~ p(a_t | z_t) and the critic v(z_t) ≈ E Σ_{τ≥t} γ^{τ-t} r_τ [Eq. 3], on
-# the full model state [z, h], and one gradient step of everything, on one screen.
-# In: a batch of rows (T, B, ...). Out: weights that moved, and metrics.
+# The actor a_t ~ p(a_t | z_t) and the critic v(z_t) ≈ E Σ_{τ≥t} γ^{τ-t} r_τ [Eq. 3].
+# One gradient step of everything, on one screen.
 # Predict: Adam's first step moves all weights by nearly the same amount. How far?
 
 
@@ -942,6 +913,7 @@ class Agent(nn.Module):
         self.config = c = config
         self.num_actions, self.updates = num_actions, 0
         self.device, self.precision = torch.device(device), c.precision
+        torch.backends.cudnn.allow_tf32 = False  # float32 is float32
         if c.precision == "auto":
             fast = self.device.type == "cuda" and torch.cuda.is_bf16_supported(False)
             self.precision = "bf16" if fast else "fp32"
@@ -987,7 +959,6 @@ class Agent(nn.Module):
         bool, arrays or tensors, and the memory of the call before (None at first) ->
         action (N, A), memory, which is the State and that action. greedy takes the
         policy's mode, for evaluation; z is sampled all the same."""
-        assert tuple(image.shape[2:]) == (64, 64), "images must be (N, C, 64, 64)"
         model = self.world_model
         image = torch.as_tensor(image, device=self.device)
         is_first = torch.as_tensor(is_first, device=self.device)
@@ -1055,18 +1026,17 @@ class Agent(nn.Module):
         with self.autocast():  # the policy runs again, for the gradient of ln p
             out, policy = self.critic(states), self.policy(states[:end])
         value, bin_logits = head_mean(out), out if c.symexp_twohot else None
-        loss_of_critic, critic_metrics = critic_loss(
-            value, returns, weights, bin_logits)
+        loss_of_critic, of_critic = critic_loss(value, returns, weights, bin_logits)
 
         # 4. Actor: make good returns likelier. [Eq. 6]  actions[t+1] was chosen in
         #    state t. It is detached, so that ln p moves the policy and not the action
         #    (which for ρ < 1 has a gradient). With shift it gets V[t+1] for V[t] [D5].
         baseline = slow_value[:-1] if c.slow_baseline else value
-        loss_of_actor, actor_metrics = actor_loss(
+        loss_of_actor, of_actor = actor_loss(
             policy.log_prob(actions[1:end + 1].detach()), policy.entropy(),
             returns[shift:], baseline[:end], weights[:end], entropy_scale=eta,
             reinforce_mix=rho, advantage_scale=self.advantage_scale(returns))
-        metrics |= critic_metrics | actor_metrics
+        metrics |= of_critic | of_actor
         metrics["actor_grad_norm"] = self.optimizers["actor"].minimize(loss_of_actor)
         metrics["critic_grad_norm"] = self.optimizers["critic"].minimize(loss_of_critic)
 
@@ -1081,7 +1051,7 @@ class Agent(nn.Module):
 # %% Part 9 | Replay
 # The last 2M rows that were played, on disk. The learner reads 2500 rows for every four
 # that are played, so over a run each row is used some 600 times.
-# In: one row of N environments at a time. Out: batches of sequences (T, B, ...).
+# In: one row at a time. Out: batches of sequences (T, B, ...).
 # Predict: seven rows are stored, the ring holds four: which sequences of 3 are there?
 
 
@@ -1090,26 +1060,26 @@ class UsageError(Exception):
 
 
 class Row(NamedTuple):
-    """One moment of N environments: the action LED to the image, and the reward came
-    with it; on an episode's first row both are zero. is_terminal: the game ended. It is
-    False where a time limit cut the episode: there γ is kept."""
-    image: np.ndarray  # (N, C, 64, 64) uint8
-    action: np.ndarray  # (N, A) float32, one-hot or in [-1, 1]
-    reward: np.ndarray  # (N,) float32, raw
-    is_first: np.ndarray  # (N,) bool
-    is_terminal: np.ndarray  # (N,) bool
+    """One moment: the action LED to the image, and the reward came with it; on an
+    episode's first row both are zero. is_terminal says that the game ended. It is False
+    where a time limit cut the episode: there γ is kept."""
+    image: np.ndarray  # (C, 64, 64) uint8
+    action: np.ndarray  # (A,) float32, one-hot or in [-1, 1]
+    reward: np.float32  # raw
+    is_first: np.bool_
+    is_terminal: np.bool_
 
 
 class Replay:
-    """A ring of rows for each environment, in a memory-mapped .npy file. `capacity`
-    counts all rows; `row` is any row of the game and gives the layout. UsageError: the
-    file is damaged or of another layout. With count 0 a new one replaces it. Workers
-    of a DataLoader need seeds of their own, or all draw the same batches.
+    """A ring of rows, in a memory-mapped .npy file. `row` is any row of the game and
+    gives the layout. UsageError: the file is damaged or of another layout. With count 0
+    a new one replaces it. Workers of a DataLoader need seeds of their own, or all draw
+    the same batches.
     >>> import tempfile
-    >>> folder, no = tempfile.TemporaryDirectory(), np.zeros(1, bool)
-    >>> row = Row(np.zeros((1, 1)), np.zeros((1, 1)), np.zeros(1), no, no)
+    >>> folder, zero = tempfile.TemporaryDirectory(), np.zeros(1)
+    >>> row = Row(zero, zero, np.float32(0), np.False_, np.False_)
     >>> replay = Replay(Path(folder.name, "replay.npy"), capacity=4, row=row)
-    >>> for t in range(7): replay.add(row._replace(reward=[t]))
+    >>> for t in range(7): replay.add(row._replace(reward=t))
     >>> rewards = replay.sample(batch_size=100, seq_len=3)["reward"]         # (T, B)
     >>> sorted(set(map(tuple, rewards.T.tolist())))   # of rows 0 to 6 four are left
     [(3.0, 4.0, 5.0), (4.0, 5.0, 6.0)]
@@ -1124,42 +1094,40 @@ class Replay:
     """
     def __init__(self, path: Path, capacity: int, row: Row, count: int = 0, seed=0):
         dtype = np.dtype([("number", np.int64)] + [
-            (name, x.dtype, x.shape[1:]) for name, x in zip(Row._fields, row)])
-        self.num_envs, self.random = len(row.image), np.random.default_rng(seed)
-        self.count, self.length = count, capacity // self.num_envs
-        shape = (self.num_envs, self.length)
+            (name, x.dtype, x.shape) for name, x in zip(Row._fields, row)])
+        self.count, self.capacity = count, capacity
+        self.random = np.random.default_rng(seed)
         if not count:
-            np.lib.format.open_memmap(path, "w+", dtype, shape)
+            np.lib.format.open_memmap(path, "w+", dtype, (capacity,))
             if hasattr(os, "posix_fallocate"):  # or a full disk kills by SIGBUS later
                 with open(path, "r+b") as file:
                     os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
         try:
             np.load(path, "r")  # refuses a file that was cut; "r+" would fill it up
             self.rows = np.asarray(np.load(path, "r+"))
-            if (self.rows.dtype, self.rows.shape) != (dtype, shape):
+            if (self.rows.dtype, len(self.rows)) != (dtype, capacity):
                 raise ValueError("it holds other rows")
         except (FileNotFoundError, EOFError, ValueError) as error:
             raise UsageError(f"{path}: {error}; choose another --logdir") from None
         # After a lap the torn row may lie in the slot of count + 1: ask count + 2, too.
         while max(self.found(self.count + 1), self.found(self.count + 2)) > self.count:
             self.count += 1
-        self.oldest = max(1, self.count - self.length + 1)
+        self.oldest = max(1, self.count - capacity + 1)
         while self.oldest <= self.count and self.found(self.oldest) != self.oldest:
             self.oldest += 1
 
     def found(self, number: int) -> int:
         """The number that is in this row's slot; 0 if that row is torn."""
-        return int(self.rows["number"][:, (number - 1) % self.length].min())
+        return int(self.rows["number"][(number - 1) % self.capacity])
 
     def add(self, row: Row) -> None:
-        """Store one row of every environment."""
-        slot = self.count % self.length
-        self.rows["number"][:, slot] = 0  # until it is whole, it is no row
-        for name, value in zip(Row._fields, row):
-            self.rows[name][:, slot] = value
+        """Store one row, over the oldest if the ring is full."""
+        slot = self.count % self.capacity
+        self.rows["number"][slot] = 0  # until it is whole, it is no row
+        self.rows[slot] = (0, *row)
         self.count += 1
-        self.rows["number"][:, slot] = self.count
-        self.oldest = max(self.oldest, self.count - self.length + 1)
+        self.rows["number"][slot] = self.count
+        self.oldest = max(self.oldest, self.count - self.capacity + 1)
 
     def sample(self, batch_size, seq_len, device="cpu") -> dict[str, Tensor]:
         """Uniformly drawn sequences: a dict of Row's fields, time-major (T, B, ...).
@@ -1168,10 +1136,9 @@ class Replay:
         [D8], but never from the newest row to the oldest."""
         assert self.count - self.oldest + 1 >= seq_len, "fewer rows than seq_len"
         start = self.random.integers(self.oldest, self.count - seq_len + 2, batch_size)
-        env = self.random.integers(self.num_envs, size=batch_size)
-        slots = (start - 1 + np.arange(seq_len)[:, None]) % self.length  # (T, B)
-        batch = {name: torch.from_numpy(self.rows[name][env, slots]).to(device)
-                 for name in Row._fields}  # env (B,) broadcasts against slots (T, B)
+        slots = (start - 1 + np.arange(seq_len)[:, None]) % self.capacity  # (T, B)
+        batch = {name: torch.from_numpy(self.rows[name][slots]).to(device)
+                 for name in Row._fields}
         # The state before a sequence is unknown, so it begins like an episode. Without
         # this line its first action would act on a state it was not chosen in.
         batch["is_first"][0] = True
@@ -1180,7 +1147,7 @@ class Replay:
 
 # %% Part 10 | Environments
 # All that can be played, as rows: ale-py's C++ emulators, any Gymnasium game with
-# images, and Catch, an example to copy. In: actions (N, A). Out: rows.
+# images, and Catch, an example to copy. In: an action (A,). Out: a row.
 # Predict: with which step of Catch does the ball land?
 
 
@@ -1226,138 +1193,121 @@ def to_image(image: np.ndarray) -> np.ndarray:
     return F.interpolate(pixels, (64, 64), mode="area")[0].round().byte().numpy()
 
 
-class PlainGame(gymnasium.Wrapper):
-    """A Gymnasium game with images (C, 64, 64), and with actions that count from 0 or
-    lie in [-1, 1]; UsageError names what does not fit, such as a Dict. Infos are
-    left out: a vector environment cannot merge those that change their shape."""
-    def __init__(self, env: gymnasium.Env):
-        super().__init__(env)
-        images, actions = env.observation_space, env.action_space
-        shape = images.shape if isinstance(images, Box) else ()
-        channels = shape[2] if len(shape) == 3 else 1
-        if images.dtype != np.uint8 or len(shape) not in (2, 3) or channels > 4:
-            raise UsageError("a wrapper must make uint8 images (H, W) or (H, W, C <= 4)"
-                             f" of its observations, {images}")
-        self.observation_space = Box(0, 255, (channels, 64, 64), np.uint8)
-        if isinstance(actions, Discrete):
-            self.action_space = Discrete(int(actions.n))
-        elif isinstance(actions, Box) and actions.is_bounded() and (
-                len(actions.shape) == 1 and actions.dtype.kind == "f"):
-            self.action_space = Box(-1, 1, actions.shape, np.float32)
-        else:
-            raise UsageError("a wrapper must make a Discrete, or a bounded Box (A,) of"
-                             f" floats, of its actions, {actions}")
-
-    def reset(self, **options):
-        return to_image(self.env.reset(**options)[0]), {}
-
-    def step(self, action):
-        actions = self.env.action_space
-        if isinstance(actions, Discrete):
-            action = action + actions.start
-        else:  # clipped, because rounding may leave the box by the last digit
-            action = actions.low + (action + 1) / 2 * (actions.high - actions.low)
-            action = action.clip(actions.low, actions.high).astype(actions.dtype)
-        image, reward, terminated, truncated, _ = self.env.step(action)
-        return to_image(image), np.asarray(reward).item(), terminated, truncated, {}
+def plain_game(env: gymnasium.Env) -> gymnasium.Env:
+    """The game with images (C, 64, 64), and with actions that count from 0 or lie in
+    [-1, 1]; UsageError names what does not fit, such as a Dict."""
+    images, actions = env.observation_space, env.action_space
+    shape = images.shape if isinstance(images, Box) else ()
+    channels = shape[2] if len(shape) == 3 else 1
+    if images.dtype != np.uint8 or len(shape) not in (2, 3) or channels > 4:
+        need = "uint8 images (H, W) or (H, W, C <= 4)"
+        raise UsageError(f"a wrapper must make {need} of its observations, {images}")
+    if isinstance(actions, Discrete):
+        space, to_game = Discrete(int(actions.n)), lambda action: action + actions.start
+    elif isinstance(actions, Box) and actions.is_bounded() and (
+            len(actions.shape) == 1 and actions.dtype.kind == "f"):
+        space, (low, high) = Box(-1, 1, actions.shape), (actions.low, actions.high)
+        # Clipped, because rounding may leave the box by the last digit.
+        to_game = lambda action: (low + (action + 1) / 2 * (high - low)).clip(low, high)
+    else:
+        need = "Discrete, or a bounded Box (A,) of floats,"
+        raise UsageError(f"a wrapper must make {need} of its actions, {actions}")
+    env = wrappers.TransformAction(env, to_game, space)
+    env = wrappers.TransformReward(env, lambda reward: np.asarray(reward).item())
+    space = Box(0, 255, (channels, 64, 64), np.uint8)
+    return wrappers.TransformObservation(env, to_image, space)
 
 
 class Envs:
-    """N copies of a game as rows, from a gymnasium vector environment that resets in
+    """A game as rows, from a gymnasium vector environment of one copy, which resets in
     the step AFTER an episode's end (NEXT_STEP, the default). That step ignores the
     action and returns the next episode's first image: a row with is_first, which is no
-    decision. `ended` lists [raw score, decisions] of episodes that this row ended."""
+    decision. `ended` lists [raw score, decisions] of an episode that this row ended."""
     def __init__(self, vector_env, action_repeat: int):
-        actions, self.frames_per_step = vector_env.single_action_space, action_repeat
-        self.vector_env, self.num_envs = vector_env, vector_env.num_envs
+        self.vector_env, self.frames_per_step = vector_env, action_repeat
         self.close = vector_env.close  # for contextlib.closing
+        actions = vector_env.single_action_space
         self.continuous = isinstance(actions, Box)
         self.num_actions = int(actions.shape[0] if self.continuous else actions.n)
         self.channels = vector_env.single_observation_space.shape[0]
 
     def reset(self, seed: int) -> Row:
-        """The first row of N new episodes."""
+        """The first row of a new episode."""
         images, _ = self.vector_env.reset(seed=seed)
         self.vector_env.action_space.seed(seed)
-        self.done, self.ended = np.zeros(self.num_envs, bool), []
-        self.totals = np.zeros((self.num_envs, 2))  # score and decisions so far
-        action = np.zeros((self.num_envs, self.num_actions), np.float32)
-        return Row(images, action, action[:, 0], ~self.done, self.done)
+        self.done, self.total, self.ended = np.False_, np.zeros(2), []
+        action = np.zeros(self.num_actions, np.float32)
+        return Row(images[0], action, np.float32(0), np.True_, np.False_)
 
     def random_action(self) -> np.ndarray:
-        """Uniform actions (N, A)."""
-        action = self.vector_env.action_space.sample()
+        """A uniform action (A,)."""
+        action = self.vector_env.action_space.sample()[0]
         return action if self.continuous else np.eye(self.num_actions)[action]
 
     def step(self, action: np.ndarray | Tensor) -> Row:
-        """Play actions (N, A), one-hot or in [-1, 1]: the row that they led to."""
-        action = torch.as_tensor(action).cpu().numpy()  # here the CPU waits for a GPU
+        """Play an action (A,) or, as it comes from act, (1, A); one-hot or in [-1, 1].
+        Returns the row that it led to."""
+        action = torch.as_tensor(action).float().cpu().numpy().ravel()  # waits for GPUs
         # ale-py hangs for ever on an action out of range; argmax of A entries is none.
-        assert action.shape == (self.num_envs, self.num_actions), "not (N, A)"
-        chosen = action if self.continuous else action.argmax(-1)
-        images, reward, terminated, truncated, _ = self.vector_env.step(chosen)
-        is_first, self.done = self.done, terminated | truncated
+        assert action.shape == (self.num_actions,), "not (A,) or (1, A)"
+        chosen = action if self.continuous else action.argmax()
+        images, reward, terminated, truncated, _ = self.vector_env.step(chosen[None])
+        is_first, self.done = self.done, (terminated | truncated)[0]
         # Without `played`, a first row would claim that the ignored action led to it.
-        played = (~is_first).astype(np.float32)
-        action, reward = action * played[:, None], reward.astype(np.float32) * played
-        assert np.isfinite(reward).all(), "the game sent a reward that is not finite"
-        self.totals += np.stack([reward, played], -1)
-        self.ended = self.totals[self.done].tolist()
-        self.totals[self.done] = 0
-        return Row(images, action.astype(np.float32), reward, is_first, terminated)
+        played = np.float32(not is_first)
+        action, reward = action * played, np.float32(reward[0]) * played
+        assert np.isfinite(reward), "the game sent a reward that is not finite"
+        self.total += (reward, played)  # score and decisions of the episode so far
+        self.ended = [self.total.tolist()] if self.done else []
+        self.total *= not self.done
+        return Row(images[0], action, reward, is_first, terminated[0])
 
 
-def make_envs(config: Config, num_envs: int = 1) -> Envs:
-    """N environments of config.game: a registered id (the user's own, or module:id) or
-    an Atari game; UsageError says what is wrong with the name. Actions are repeated on
-    Atari and where they are continuous, as in the paper."""
+def make_envs(config: Config) -> Envs:
+    """The game config.game: a registered id (the user's own, or module:id) or an Atari
+    game; UsageError says what is wrong with the name. Actions are repeated on Atari and
+    where they are continuous, as in the paper."""
     c, own_games = config, dict(gymnasium.registry)
-
-    def make_one() -> gymnasium.Env:
-        env = Catch() if c.game == "Catch" else gymnasium.make(c.game)
-        if isinstance(env.action_space, Box):
-            env = gymnasium.wrappers.RepeatAction(env, c.action_repeat)
-        return gymnasium.wrappers.TimeLimit(PlainGame(env), c.time_limit)
-
     try:
         if c.game == "Catch" or c.game in own_games or re.search("[:/]|-v", c.game):
-            envs = gymnasium.vector.SyncVectorEnv([make_one] * num_envs)
-            boxed = isinstance(envs.single_action_space, Box)
-            return Envs(envs, c.action_repeat if boxed else 1)
+            env = plain_game(Catch() if c.game == "Catch" else gymnasium.make(c.game))
+            repeat = c.action_repeat if isinstance(env.action_space, Box) else 1
+            env = wrappers.TimeLimit(wrappers.RepeatAction(env, repeat), c.time_limit)
+            return Envs(gymnasium.vector.SyncVectorEnv([lambda: env]), repeat)
         import ale_py  # noqa: F401  registers its games, some over the user's
         gymnasium.registry.update(own_games)  # puts the user's back
         # Gray, resized by area, the maximum of the last two frames, because consoles
         # drew some sprites in every other one. No frame stack: the RSSM remembers.
-        return Envs(gymnasium.make_vec(
-            f"ALE/{c.game}-v5", num_envs, vectorization_mode="vector_entry_point",
+        env = gymnasium.make_vec(
+            f"ALE/{c.game}-v5", 1, vectorization_mode="vector_entry_point",
             img_height=64, img_width=64, stack_num=1, frameskip=c.action_repeat,
             noop_max=c.max_noops + 1,  # it draws 0 to noop_max - 1
             repeat_action_probability=c.sticky, full_action_space=c.full_action_space,
             max_num_frames_per_episode=c.time_limit * c.action_repeat,
-            reward_clipping=False, use_fire_reset=False), c.action_repeat)
+            reward_clipping=False, use_fire_reset=False)
+        return Envs(env, c.action_repeat)
     except (UsageError, gymnasium.error.Error, ModuleNotFoundError) as error:
-        raise UsageError(f"--game {c.game}: {error} (Atari: Breakout, UpNDown, ...; a"
-                         " package's: module:id, as minigrid:...)") from error
+        known = "Atari games: UpNDown, ...; a package's: module:id"
+        raise UsageError(f"--game {c.game}: {error} ({known})") from error
 
 
 # %% Part 11 | Playing and looking
 # What a trained agent does, as scores and as pictures. One generator plays; evaluation
-# and both films take from it. In: an agent, environments. Out: scores, frames, PNGs.
+# and films take from it. In: an agent, a game. Out: scores, frames, PNGs.
 # Predict: how wide is a picture of frames that are 300 pixels wide?
 
 
 def play(agent: Agent, envs: Envs, seed: int, greedy: bool):
-    """Plays without end: yields each row, and the agent's State after it."""
+    """Plays without end and yields each row."""
     row, memory = envs.reset(seed), None
     while True:
-        action, memory = agent.act(row.image, row.is_first, memory, greedy)
-        yield row, memory[0]
+        yield row
+        action, memory = agent.act(row.image[None], row.is_first[None], memory, greedy)
         row = envs.step(action)
 
 
 def evaluate(agent: Agent, envs: Envs, episodes: int, seed: int) -> np.ndarray:
     """Raw score and decisions (episodes, 2) of whole episodes, by the actor's mode."""
-    assert envs.num_envs == 1, "of several, those with short episodes would count more"
     playing, ended = play(agent, envs, seed, greedy=True), []
     while len(ended) < episodes:
         next(playing)
@@ -1365,45 +1315,26 @@ def evaluate(agent: Agent, envs: Envs, episodes: int, seed: int) -> np.ndarray:
     return np.array(ended)
 
 
-def to_pixels(image: Tensor) -> np.ndarray:
-    """Images in [-½, ½], (..., C, H, W) -> (..., H, W, 1 or 3) uint8: three colours, or
-    the last channel, which is the newest of stacked gray frames."""
-    shown = image if image.shape[-3] == 3 else image[..., -1:, :, :]
-    pixels = 255 * (shown.movedim(-3, -1) + 0.5).clamp(0, 1)
-    return pixels.round().byte().cpu().numpy()
-
-
 @torch.no_grad()
-def draw_dream(agent: Agent, envs: Envs, seed: int) -> np.ndarray:
-    """Four sequences of 50 rows side by side as frames (50, 3·65, 4·65, 1 or 3). From
-    the top: what happened; what the model says, which sees the first 5 images (a white
-    line marks them), then only actions; half the difference, gray where it is 0."""
-    seen, model = 5, agent.world_model
-    played = itertools.islice(play(agent, envs, seed, greedy=False), 200, 400)
-    batch = (torch.from_numpy(np.concatenate(x)).to(agent.device)
-             for x in zip(*(row for row, _ in played)))
-    row = Row(*(x.unflatten(0, (4, 50)).transpose(0, 1) for x in batch))  # (T, B, ...)
+def draw(agent: Agent, envs: Envs, seed: int, seen=5, length=50, count=4, greedy=False):
+    """`count` played sequences of `length` rows as frames (length, H, W, 1 or 3). Each
+    has a line of three pictures: what happened; what the model says, which sees the
+    first `seen` images (a white line marks them), then only actions; and half the
+    difference, gray where it is 0. Of stacked gray images the newest is drawn."""
+    model, played = agent.world_model, play(agent, envs, seed, greedy)
+    rows = itertools.islice(played, 200, 200 + count * length)
+    batch = (torch.from_numpy(np.stack(x)).to(agent.device) for x in zip(*rows))
+    row = Row(*(x.unflatten(0, (count, length)).transpose(0, 1) for x in batch))
     row.is_first[0] = True
-    truth = preprocess(row.image)
+    truth = preprocess(row.image)  # (T, B, C, 64, 64)
     features = open_loop(
         model.rssm, model.encoder(truth[:seen]), row.action, row.is_first)
     guess = model.decoder(features).clamp(-0.5, 0.5)
     tiles = [F.pad(x, (0, 1, 0, 1)) for x in (truth, guess, (guess - truth) / 2)]
-    film = torch.cat(torch.cat(tiles, dim=-2).unbind(1), dim=-1)
+    film = torch.cat(torch.cat(tiles, dim=-1).unbind(1), dim=-2)
     film[:seen, :, :2] = 0.5
-    return to_pixels(film)
-
-
-@torch.no_grad()
-def draw_play(agent: Agent, envs: Envs, seed: int) -> np.ndarray:
-    """The last 200 of the first 600 steps of play as frames (200, 64, 129, 1 or 3): on
-    the left what the agent sees, on the right its state (h, z), decoded."""
-    played = itertools.islice(play(agent, envs, seed, greedy=True), 400, 600)
-    images, features = zip(*((row.image, state.feature) for row, state in played))
-    image = torch.from_numpy(np.concatenate(images)).to(agent.device)
-    left = F.pad(preprocess(image), (0, 1))
-    right = agent.world_model.decoder(torch.cat(features))
-    return to_pixels(torch.cat([left, right], dim=-1))
+    film = film if film.shape[1] == 3 else film[:, -1:]
+    return (255 * (film.movedim(1, -1) + 0.5)).round().byte().cpu().numpy()
 
 
 def to_png(frames: np.ndarray, milliseconds: int = 100) -> bytes:
@@ -1452,7 +1383,11 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 def save_checkpoint(path: Path, agent: Agent, **counters) -> None:
-    """Weights, Adam's state and counters; the next start seeds random numbers anew."""
+    """config.json: all settings, one a line. checkpoint.pt: weights, Adam's state and
+    counters. The next start seeds random numbers anew."""
+    stored = {k: v for k, v in vars(agent.config).items() if k not in NOT_STORED}
+    text = json.dumps(stored, indent=1, default=lambda x: x.item())  # of numpy
+    write_file(path.with_name("config.json"), text.encode())
     adam = {k: o.adam.state_dict()["state"] for k, o in agent.optimizers.items()}
     data = io.BytesIO()  # torch.save itself hides a full disk in a RuntimeError
     torch.save(dict(agent=agent.state_dict(), adam=adam, counters=counters), data)
@@ -1462,11 +1397,11 @@ def save_checkpoint(path: Path, agent: Agent, **counters) -> None:
 def load_agent(config: Config, envs: Envs) -> tuple[Agent, dict]:
     """An agent for these environments, and counters: those of the folder's checkpoint
     (UsageError if it is damaged), or new ones. Says what was chosen."""
-    device, path = pick_device(config.device), Path(config.logdir, "checkpoint.pt")
-    torch.manual_seed(config.seed)
-    agent = Agent(config, envs.num_actions, envs.channels, device, envs.continuous)
-    print(f"{config.game}: {envs.num_actions} actions of {envs.frames_per_step} frames;"
-          f" {agent.precision} on {device}, rho {agent.schedule(0)[0]:g}")
+    c, path = config, Path(config.logdir, "checkpoint.pt")
+    torch.manual_seed(c.seed)
+    agent = Agent(c, envs.num_actions, envs.channels, c.device, envs.continuous)
+    print(f"{c.game}: {envs.num_actions} actions of {envs.frames_per_step} frames;"
+          f" {agent.precision} on {c.device}, rho {agent.schedule(0)[0]:g}")
     n = dict(step=0, frames=0, updates=0, wall_time_s=0.0, rows=0, log_bytes=0)
     log = path.with_name("metrics.jsonl")
     if path.exists():
@@ -1479,7 +1414,7 @@ def load_agent(config: Config, envs: Envs) -> tuple[Agent, dict]:
             adam = agent.optimizers[name].adam  # keeps this config's learning rate
             adam.load_state_dict(adam.state_dict() | dict(state=state))
         n, agent.updates = saved["counters"], saved["counters"]["updates"]
-        torch.manual_seed(config.seed + n["rows"])
+        torch.manual_seed(c.seed + n["rows"])
     elif log.exists() and log.stat().st_size:
         raise UsageError(f"{path} is missing: choose another --logdir")
     return agent, n
@@ -1501,8 +1436,7 @@ def lock(folder: Path) -> sqlite3.Connection:
         connection.execute("BEGIN EXCLUSIVE")
         return connection
     except (OSError, sqlite3.Error) as error:
-        raise UsageError(f"{folder} is in use by another run, is not writable, or knows"
-                         f" no locks: {error}") from None
+        raise UsageError(f"{folder} is in use, read-only or knows no locks: {error}")
 
 
 def train(config: Config, signals=()) -> int:
@@ -1511,7 +1445,7 @@ def train(config: Config, signals=()) -> int:
     c, folder = config, Path(config.logdir)
     log, path = folder / "metrics.jsonl", folder / "checkpoint.pt"
     print("opening one game to learn, one to evaluate (none with --eval-episodes 0)")
-    with (closing(make_envs(c, c.num_envs)) as envs,
+    with (closing(make_envs(c)) as envs,
           closing(make_envs(c)) if c.eval_episodes else nullcontext() as judge,
           closing(lock(folder))):
         agent, n = load_agent(c, envs)
@@ -1519,13 +1453,12 @@ def train(config: Config, signals=()) -> int:
         row, memory = envs.reset(seed), None
         replay = Replay(folder / "replay.npy", c.replay_capacity, row, n["rows"], seed)
         replay.add(row)
-        write_file(folder / "config.json", stored_settings(c))
         with open(log, "a") as file:
             file.truncate(min(file.tell(), n["log_bytes"]))
         began, saved_at = time.monotonic() - n["wall_time_s"], -math.inf
         last, period, ended, ending = n, [], [], n["step"] >= c.steps or bool(signals)
-        bar = tqdm(total=c.steps, initial=min(n["step"], c.steps), unit="step",
-                   disable=None, file=sys.stderr or io.StringIO(), ncols=79, nrows=20)
+        bar = tqdm(total=c.steps, initial=n["step"], unit="step", disable=None,
+                   file=sys.stderr or io.StringIO(), ncols=79, nrows=20)
         say = print if bar.disable else bar.write
         while not ending:
             # Act: at random while the replay fills, then as the actor says.
@@ -1533,15 +1466,15 @@ def train(config: Config, signals=()) -> int:
             if before < c.prefill_steps:
                 action = envs.random_action()
             else:
-                action, memory = agent.act(row.image, row.is_first, memory)
+                action, memory = agent.act(row.image[None], row.is_first[None], memory)
 
             # Step and store. The row of a reset is no decision.
             row = envs.step(action)
             replay.add(row)
             ended += envs.ended
-            step = before + int((~row.is_first).sum())
+            step = before + int(not row.is_first)
             done = step >= c.steps
-            bar.update(min(step, c.steps) - bar.n)
+            bar.update(step - before)
 
             # Learn as often as the decisions so far ask for.
             owed = (step - c.prefill_steps) // c.steps_per_update
@@ -1555,7 +1488,7 @@ def train(config: Config, signals=()) -> int:
             if judge and agent.updates and (done or step // every > before // every):
                 mean = evaluate(agent, judge, c.eval_episodes, step).mean(0).tolist()
                 scores = dict(zip(("eval_return", "eval_length"), mean))
-                write_file(folder / "dream.png", to_png(draw_dream(agent, judge, step)))
+                write_file(folder / "dream.png", to_png(draw(agent, judge, step)))
 
             # Log: totals, and means since the line before. Numbers are read only for a
             # line or a checkpoint, because the CPU then has to wait for a GPU.
@@ -1621,32 +1554,20 @@ def read_flags(argv: list[str] | None) -> dict:
     return vars(parser.parse_args(argv))
 
 
-def pick_device(name: str) -> torch.device:
-    """The device of --device; UsageError if this machine does not have it."""
-    auto = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.backends.cudnn.allow_tf32 = False  # float32 is float32
-    try:
-        return torch.zeros((), device=auto if name == "auto" else name).device
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {name}: {str(error).splitlines()[0]}") from None
-
-
-def stored_settings(config: Config) -> bytes:
-    """What config.json holds: one setting a line."""
-    stored = {k: v for k, v in vars(config).items() if k not in NOT_STORED}
-    return json.dumps(stored, indent=1, default=lambda x: x.item()).encode()  # of numpy
-
-
 def choose_settings(typed: dict) -> Config:
     """The settings of a new or of a resumed run; says where they are from. No number is
     negative, counts are at least 1, and a sequence fits into the first random rows."""
     typed = {name: value for name, value in typed.items() if value != "auto"}
-    device = pick_device(typed.get("device", "auto")).type
+    typed.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.zeros((), device=typed["device"]).device.type
+    except (RuntimeError, AssertionError) as error:  # this machine does not have it
+        raise UsageError(f"--device: {str(error).splitlines()[0]}") from None
     preset = typed.get("preset", "atari" if device == "cuda" else "small")
     why = "as asked" if "preset" in typed else (
-        "for a CUDA GPU; --preset small is for a CPU" if device == "cuda" else
-        "for a CPU; --preset atari is for a CUDA GPU, without which try Catch first")
+        f"for {device}; --preset atari is for CUDA, small for CPUs: try --game Catch")
     c = Config(**dict(preset=preset) | read_flags(PRESETS[preset].split()) | typed)
+    c.game = re.sub(r"^ALE/(\w+)-v5$", r"\1", c.game)  # a second name of Atari games
     name = re.sub(r"[^\w.-]", "_", c.game)
     c.logdir = os.path.expanduser(c.logdir or f"runs/{name}-{preset}-seed{c.seed}")
     path = Path(c.logdir, "config.json")
@@ -1658,8 +1579,7 @@ def choose_settings(typed: dict) -> Config:
                 if stored[name] != value:
                     raise ValueError(f"{name} {value!r}")
         except (ValueError, TypeError, AttributeError) as error:
-            raise UsageError(f"{path} is damaged or of another version: {error}; choose"
-                             " another --logdir") from None
+            raise UsageError(f"{path} is damaged or old: {error}") from None
         for name in (typed.keys() & stored.keys()) - set(MAY_CHANGE.split()):
             if stored[name] != getattr(c, name):
                 raise UsageError(f"{path} has another {name}; choose another --logdir")
@@ -1669,8 +1589,8 @@ def choose_settings(typed: dict) -> Config:
         least = 0 if isinstance(value, float) or name in MAY_BE_0 else 1
         if not isinstance(value, (str, bool)) and not least <= value < math.inf:
             raise UsageError(f"{name} {value}: must be at least {least}")
-    if c.seq_len > min(c.prefill_steps, c.replay_capacity) // c.num_envs:
-        raise UsageError(f"seq_len {c.seq_len}*envs > prefill_steps or replay_capacity")
+    if c.seq_len > min(c.prefill_steps, c.replay_capacity):
+        raise UsageError(f"seq_len {c.seq_len} > prefill_steps or replay_capacity")
     return c
 
 
@@ -1687,7 +1607,8 @@ def show(config: Config, what: str) -> int:
             score, length = evaluate(agent, envs, max(1, config.eval_episodes), seed).T
             print(f"episodes: {len(score)}, mean score {score.mean():.2f}, standard"
                   f" deviation {score.std():.2f}, {length.mean():.0f} decisions each")
-        frames = (draw_dream if what == "dream" else draw_play)(agent, envs, seed)
+        whole = dict(seen=200, length=200, count=1, greedy=True)
+        frames = draw(agent, envs, seed, **whole if what == "eval" else {})
     path = Path(f"{folder.resolve().name[-40:]}-{what}.png")
     write_file(path, to_png(frames))
     print(f"{path}: an animation of {len(frames)} frames")
