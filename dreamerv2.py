@@ -32,7 +32,7 @@ THE LOOP, with the paper's numbers, and the part of this file that holds each li
             after the 1st, 101st, ... gradient step: slow critic <- critic       Part 8
         now and then evaluate, draw a dream, log metrics, save             Parts 11, 12
 
-SHAPES. Time comes first, so x[t] is the paper's x with subscript t.
+SHAPES. Time comes first: y[t] is the paper's y with subscript t, but for actions.
     T  steps of a replayed sequence  50      S  latent variables            32
     B  sequences in a batch          50      K  classes of each latent      32
     N  items without a time axis,            D  units of the GRU state h   600
@@ -53,16 +53,16 @@ a_{t-1}. Imagination follows the same rule: actions[t+1] is chosen IN state t an
 to state t+1, and the reward predicted at state t is the one received on arriving there.
 
 SYMBOLS, in the paper and here.
-    h_t          state.h                      γ_t        discount[t], with γ inside
+    h_t          state.h                      γ_t        discount[t]: γ, or 0 at an end
     z_t, ẑ_t     state.z                      V^λ_t      returns[t]
     (h_t, z_t)   state.feature, as [z, h]     v, slow v  critic, slow_critic
     q(z|h,x)     posterior                    ρ          reinforce_mix
     p(ẑ|h)       prior                        η          entropy_scale
     α, β         kl_balance, kl_scale         sg(x)      x.detach()
 
-SOURCES. The paper's table gives most defaults; where it is silent, mostly the authors'
-code does (danijar/dreamerv2 at 07d906e, version 2.2.0, unless another is named). Each
-difference has a number, and either a flag that chooses or a test that shows our choice:
+SOURCES. Defaults are the paper's; what it leaves open is mostly as in the authors' code
+(danijar/dreamerv2 at 07d906e, version 2.2.0, unless another is named). Each difference
+has a number, and a flag that chooses or a test in test_dreamerv2.py that shows it:
          paper              version 2.2.0          here             flag or test
     D1   4 decisions/step   16                     4                --steps-per-update
     D2   γ: table 0.995     0.999                  0.995            --gamma
@@ -72,19 +72,19 @@ difference has a number, and either a flag that chooses or a test that shows our
     D6   all 18 actions     those a game uses      all 18           --full-action-space
     D7   losses are sums    means                  means           test_losses_are_means
     D8   rows of 1 episode  rows of 1 episode      across ends    test_replay_is_uniform
-    D9   Adam's ε not said  ε before unbiasing     ε after it       test_parity_agent
+    D9   Adam's ε not said  m̂ of √v + ε            m̂ / (√v̂ + ε)     test_parity_agent
     D10  no-ops not said    1 to 30                0 to 29          --max-noops
     D11  precision not said float16                bfloat16, CUDA   --precision
-    D12  slow v's start: -  random weights         critic's copy    test_slow_critic
+    D12  first slow v: open random weights         critic's copy    test_slow_critic
     D13  γ[0] not said      0 if game over         0 if game over   test_true_start
     D14  discount loss x 1  x 5                    x 5              --discount-scale
     D15  84² to 64² pixels  64² at once            64² at once      test_atari_protocol
     D16  Eq. 5, 6: 1..H-1   t = 0..H-1             t = 0..H-1    test_parity_behaviour
 
 COST at the paper's size: 22.2M parameters, 12.5M gradient steps of 2.37 TFLOP, a replay
-of 8.36 GB; the paper says under 10 days on a V100. Nothing was trained at that size
-here. HEALTH: image_loss sinks towards 4096·½ ln 2π = 3764, its least (11 292 in
-colour), kl rises to a few nats, actor_entropy sinks slowly from ln 18 = 2.89.
+of 8.36 GB; the paper says under 10 days on a V100. Here nothing has that size's scores.
+HEALTH: image_loss sinks towards 4096·½ ln 2π = 3764, its least (11 292 in colour), kl
+rises to a few nats, actor_entropy sinks slowly from ln 18 = 2.89.
 """
 from __future__ import annotations
 
@@ -113,9 +113,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 # %% Part 1 | Configuration
-# Every number of the algorithm. WorldModel, Agent and Parts 10, 12, 13 read a Config;
-# everything else takes plain numbers, ready to be copied.
-# Predict: how many gradient steps does the paper's run of 50M decisions make?
+# What can be set. WorldModel, Agent and Parts 10, 12, 13 read a Config; everything else
+# takes plain numbers, so that it can be copied.
+# Predict, before a doctest tells: how many gradient steps are 50M decisions?
 
 
 @dataclasses.dataclass
@@ -174,7 +174,7 @@ class Config:
     slow_every_updates: int = 100  # gradient steps between slow copies; paper: 100
     slow_baseline: bool = False  # take the baseline from the slow critic [D4]
     shifted_advantage: bool = False  # credit a_t with V_{t+1} instead of V_t [D5]
-    # Ablations. off: Table 2's gamer median and clipped record mean; full: 1.64, 0.25
+    # Ablations: gamer median, clipped record mean (Table 2) if off; all on: 1.64, 0.25
     layer_norm: bool = True  # normalise the GRU's gates; off: 1.66, 0.25
     reward_gradients: bool = True  # reward loss trains the RSSM; off: 1.68, 0.24
     discrete_latents: bool = True  # z is categorical; off, Gaussian: 1.08, 0.19
@@ -191,7 +191,7 @@ class Config:
     grad_clip: float = 100.0  # largest global gradient norm, per optimiser; paper: 100
     weight_decay: float = 1e-6  # every weight shrinks by this share a step; paper: 1e-6
     # Logging
-    log_every_steps: int = 2_500  # decisions between lines of metrics.jsonl
+    log_every_steps: int = 2_500  # decisions between lines, after the first random ones
     eval_every_steps: int = 100_000  # decisions between evaluations, and between dreams
     eval_episodes: int = 1  # of an evaluation; 0: neither these nor dreams are made
     checkpoint_minutes: float = 1.0  # minutes between checkpoints; 0: every decision
@@ -200,7 +200,7 @@ class Config:
 # Strings of flags. Those that the user types override them.
 PRESETS = {
     "atari": "",
-    # The authors' code, version 2.2.0, as far as it has flags: not D8, D9, D11, D12.
+    # The authors' code, version 2.2.0, but for D8, D9, D11, D12 and D10's least no-op.
     "released": "--steps-per-update 16 --batch-size 16 --gamma 0.999 --slow-baseline"
     " --shifted-advantage --no-full-action-space --max-noops 30",
     # The paper's "DreamerV2 (schedules)": the authors' first version, faf9e4c.
@@ -238,9 +238,9 @@ def straight_through_sample(logits: Tensor) -> Tensor:
         sample = one_hot(draw(logits)),  probs = softmax(logits)
         return sample + probs - sg(probs)
     logits (..., K) of any float type -> (..., K) float32, exactly one-hot. Its gradient
-    is biased but varies little. The draw is a race: class k takes a random time,
-    -ln(uniform) / probs[k], and is then the first with probability probs[k]. A race
-    does not make the CPU wait for the GPU, as torch.multinomial does.
+    is biased, of low variance. The draw is a race: class k takes a random time,
+    -ln(uniform) / probs[k], and is then the first with probability probs[k]. A race,
+    unlike torch.multinomial, does not make the CPU wait for the GPU.
     >>> _ = torch.manual_seed(0)
     >>> logits = torch.tensor([0.0, math.log(3.0)], requires_grad=True)   # probs ¼, ¾
     >>> round(straight_through_sample(logits.expand(9000, 2))[:, 1].mean().item(), 2)
@@ -249,7 +249,7 @@ def straight_through_sample(logits: Tensor) -> Tensor:
     >>> round(logits.grad[1].item(), 4)      # d probs[1] / d logits[1] = ¾·(1 - ¾)
     0.1875
     """
-    # In float32, because a race in bfloat16 often ends in a tie, which the first wins.
+    # In float32: a race in bfloat16 often ends in a tie, which the lowest k wins.
     probs = logits.float().softmax(-1)
     arrival = -torch.rand_like(probs).log() / probs.detach()
     first = arrival.argmin(-1, keepdim=True)
@@ -398,7 +398,7 @@ def symexp_bins(count: int, device=None) -> Tensor:
 
 def head_mean(out: Tensor) -> Tensor:
     """The number that a head predicts, (...). An output (..., 1) is that number. An
-    output (..., K) are logits of the symexp_bins, of which the mean is predicted:
+    output (..., K) holds logits over the symexp_bins; the number is their mean:
         Σ_k p[k]·bins[k] = ½ Σ_k (p[k] - p[K-1-k])·bins[k]
     Since bins[K-1-k] = -bins[k], the second form is exactly 0 for equal p.
     >>> head_mean(torch.zeros(255)).item()
@@ -488,7 +488,7 @@ class ConvDecoder(nn.Module):
 
     def forward(self, feature: Tensor) -> Tensor:
         # On a 1×1 image the first transposed convolution is a matrix product with its
-        # 5·5 kernel. Written as one, it takes a third of that layer's time or less.
+        # 5·5 kernel. Written as one, it takes at most a third of the time.
         first = self.net[0]  # its weight is (32·depth, 4·depth, 5, 5)
         out = self.linear(feature).flatten(0, -2) @ first.weight.flatten(1)
         out = out.unflatten(-1, first.weight.shape[1:]) + first.bias[:, None, None]
@@ -502,7 +502,7 @@ class LayerNormGRUCell(nn.Module):
         c  = tanh(σ(reset) · cand)
         u  = σ(update - 1)
         h' = u · c + (1 - u) · h
-    x (..., input), h (..., D) -> h' (..., D). The norm is the only one. torch's GRUCell
+    x (..., input), h (..., D) -> h' (..., D). It is the only norm. torch's GRUCell
     has none: there `reset` gates only h's part of the candidate, nothing is subtracted
     from `update`, and u weighs the OLD state.
     >>> cell = LayerNormGRUCell(2, 1)
@@ -517,7 +517,7 @@ class LayerNormGRUCell(nn.Module):
         self.norm = nn.LayerNorm(size, eps=1e-3) if layer_norm else nn.Identity()
 
     def forward(self, x: Tensor, h: Tensor) -> Tensor:
-        # h stays float32 where autocast makes bfloat16, which would lose small changes.
+        # Autocast computes in bfloat16, where h would lose small changes.
         gates = self.norm(self.linear(torch.cat([x, h], -1)).to(h.dtype))
         reset, candidate, update = gates.chunk(3, -1)
         candidate = torch.tanh(torch.sigmoid(reset) * candidate)
@@ -553,7 +553,7 @@ class State(NamedTuple):
 class RSSM(nn.Module):
     """Recurrent state-space model with categorical latents. [Eq. 1]
     `img_step` goes on without an image (imagination), `obs_step` with one (acting), and
-    `observe` through a whole sequence (training). Weights and inputs are float32. With
+    `observe` through a whole sequence (training). Weights are float32. With
     discrete=False (--no-discrete-latents) z is S·K Gaussians (the authors have S), and
     what is called logits are their params (..., S, 2K), see `gaussian`.
     >>> rssm = RSSM(action_dim=2, embed_dim=12, num_latents=3, num_classes=4,
@@ -730,9 +730,9 @@ def imagine(img_step, actor, start: State, horizon: int) -> tuple[Tensor, Tensor
     """Roll the world model forward with the actor's sampled actions (paper, Fig. 3).
         z[0] ──────► z[1] ──────► z[2] ── ... ──► z[H]       features[t] = [z[t], h[t]]
             actions[1]   actions[2]                          actions[t] led to state t
-    img_step is a function of State and action, as RSSM.img_step; actor one of features
-    that returns a policy with rsample(), as OneHot; start a State over (N,). Returns
-    features (H+1, N, F) and actions (H+1, N, A). Nothing chose actions[0]: it is zero.
+    img_step(state, action) returns the next State, as RSSM.img_step; actor(features) a
+    policy with rsample(), as OneHot; start is a State over (N,). Returns features (H+1,
+    N, F) and actions (H+1, N, A). Nothing chose actions[0]: it is zero.
     >>> def clock(state, action):                             # a world that only counts
     ...     return State(state.h + 1, state.z, state.logits)
     >>> start = State(torch.zeros(2, 1), torch.zeros(2, 1, 1), torch.zeros(2, 1, 1))
@@ -745,10 +745,10 @@ def imagine(img_step, actor, start: State, horizon: int) -> tuple[Tensor, Tensor
     """
     state, features, actions = start, [start.feature], []
     for _ in range(horizon):
-        # With ρ < 1 the gradient of a return reaches each action through the dynamics.
-        # As in the authors' code, it ends there. Without the detach it would go on into
-        # the action's state: earlier actions would also be judged by how they change
-        # later choices, through still more biased (straight-through) samples.
+        # With ρ < 1 a return's gradient reaches each action, and the actor's weights,
+        # through the dynamics. As in the authors' code, it stops at the actor's input.
+        # Without the detach actions would also be judged by how they change later
+        # choices, through still more biased (straight-through) samples.
         action = actor(features[-1].detach()).rsample()
         state = img_step(state, action)
         features.append(state.feature)
@@ -787,8 +787,8 @@ def lambda_return(reward, value, discount, lambda_: float) -> Tensor:
     """λ-returns: a weighted mean of all n-step returns. [Eq. 4]
         V[t] = r[t] + γ[t] · ((1 - λ) · v(z[t+1]) + λ · V[t+1]),    V[H] = v(z[H])
     value (H+1, N); reward and discount (H, N), or (H+1, N) whose last entry is not used
-    -> returns (H, N). γ[t] is 0 if arriving in z[t] ended the game. Next is z[t+1],
-    worth v(z[t+1]): with v(z[t]) the critic would learn the return of staying in z[t].
+    -> returns (H, N). γ[t] is 0 if arriving in z[t] ended the game. v: slow critic.
+    With v(z[t]) in place of v(z[t+1]) the critic would learn the return of staying.
     >>> r, v = torch.tensor([1.0, 2.0]), torch.tensor([8.0, 4.0, 2.0])
     >>> g = torch.tensor([0.5, 0.5])
     >>> lambda_return(r, v, g, 0.5).tolist()        # 1 + ½·(½·4 + ½·3),  2 + ½·2
@@ -887,8 +887,8 @@ class Optimizer:
     """
     def __init__(self, module, *, lr: float, eps: float, clip: float, decay: float):
         self.weights, self.clip = list(module.parameters()), clip
-        # fused is one GPU kernel. It does not tell autograd that weights have changed:
-        # a loss must be differentiated before any weight that it uses moves.
+        # fused is one GPU kernel, and autograd does not notice that it changes weights:
+        # a loss that is differentiated after its weights moved gets wrong gradients.
         self.adam = torch.optim.AdamW(
             self.weights, lr, eps=eps, weight_decay=decay / max(lr, 1e-12), fused=True)
 
@@ -923,14 +923,14 @@ class Agent(nn.Module):
         self.actor = mlp(size, num_actions * (2 if continuous else 1), *widths)
         self.critic = mlp(size, 255 if c.symexp_twohot else 1, *widths)
         self.apply(glorot_init)
-        if c.symexp_twohot:  # DreamerV3: at first they predict 0
+        if c.symexp_twohot:  # DreamerV3: both predict 0 at first
             nn.init.zeros_(self.critic[-1].weight)
             nn.init.zeros_(self.world_model.reward_head[-1].weight)
         self.slow_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.register_buffer("spread", torch.zeros(()))  # see advantage_scale
 
         self.to(self.device)
-        if self.device.type != "mps":  # misreads channels last: pytorch issue 192212
+        if self.device.type != "mps":  # it misreads channels last: pytorch issue 192212
             self.to(memory_format=torch.channels_last)  # faster convolutions
         shared = dict(eps=c.adam_eps, clip=c.grad_clip, decay=c.weight_decay)
         self.optimizers = dict(
@@ -939,10 +939,10 @@ class Agent(nn.Module):
             critic=Optimizer(self.critic, lr=c.critic_lr, **shared))
 
     def autocast(self):
-        """In bf16, layers multiply in bfloat16, except in observe; all else stays
-        float32. Autocast keeps the bfloat16 copy of a weight until its `with` ends. So
-        inside it no optimiser may step (a stale copy), and no layer may run first
-        without gradients and then with them (a copy that passes none on)."""
+        """In bf16, layers multiply in bfloat16, but for observe's steps; all else is
+        float32. Until its `with` ends, autocast keeps a bfloat16 copy of each weight:
+        an optimiser's step would leave it stale, and if it was made without gradients
+        it passes none on. Therefore each phase of train_step has its own `with`."""
         return torch.autocast(
             self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
@@ -978,13 +978,13 @@ class Agent(nn.Module):
         done = min(1.0, step / c.anneal_steps) if c.anneal_steps else 0.0
         rho = c.reinforce_mix + done * (c.reinforce_mix_end - c.reinforce_mix)
         eta = c.entropy_scale + done * (c.entropy_scale_end - c.entropy_scale)
-        # Paper: continuous actions learn by dynamics alone, as all do in the ablation.
+        # Paper: continuous actions, and all in the ablation, learn by dynamics alone.
         by_reinforce = c.policy_reinforce and self.distribution is OneHot
         return rho if by_reinforce else 0.0, eta
 
     def advantage_scale(self, returns: Tensor) -> Tensor | float:
-        """What advantages are divided by: 1; in DreamerV3 max(return_scale, spread), a
-        running mean of the returns' range from the 5th to the 95th percentile. So
+        """What advantages are divided by: 1 or, in DreamerV3, the spread, if that is
+        above return_scale: the running mean of the 5th to 95th percentile's range. So
         one η fits large returns, too; small ones, maybe noise, are not scaled up."""
         if not self.config.return_scale:
             return 1.0
@@ -1003,14 +1003,14 @@ class Agent(nn.Module):
         metrics["model_grad_norm"] = self.optimizers["model"].minimize(loss)
 
         # 2. Imagine H steps from every posterior state, with the model just updated.
-        #    The detach cuts the graph at the start states; only ρ < 1 needs gradients.
+        #    The detach cuts their graph, needed if ρ < 1, off from the real states.
         start = State(*(x.detach().flatten(0, 1) for x in posterior))  # (T, B) -> (N,)
         with self.autocast(), torch.set_grad_enabled(rho < 1):
             features, actions = imagine(  # (H+1, N, F), (H+1, N, A)
                 model.rssm.img_step, self.policy, start, c.horizon)
             reward = head_mean(model.reward_head(features[:-1]))
             # Start states are real, so it is known which of them ended a game [D13].
-            # Without this a terminal state's return would count rewards after the end.
+            # Without this a wrong head would let rewards after the end count.
             discount = torch.cat([
                 c.gamma * (1 - batch["is_terminal"].reshape(1, -1).float()),
                 head_mean(model.discount_head(features[1:-1])).sigmoid()])
@@ -1079,18 +1079,18 @@ class Replay:
     >>> folder, zero = tempfile.TemporaryDirectory(), np.zeros(1)
     >>> row = Row(zero, zero, np.float32(0), np.False_, np.False_)
     >>> replay = Replay(Path(folder.name, "replay.npy"), capacity=4, row=row)
-    >>> for t in range(7): replay.add(row._replace(reward=t))
+    >>> for t in range(1, 8): replay.add(row._replace(reward=t))
     >>> rewards = replay.sample(batch_size=100, seq_len=3)["reward"]         # (T, B)
-    >>> sorted(set(map(tuple, rewards.T.tolist())))   # of rows 0 to 6 four are left
-    [(3.0, 4.0, 5.0), (4.0, 5.0, 6.0)]
+    >>> sorted(set(map(tuple, rewards.T.tolist())))   # of rows 1 to 7 four are left
+    [(4.0, 5.0, 6.0), (5.0, 6.0, 7.0)]
 
-    A checkpoint keeps the `count` of rows. A killed process has since written others
-    over the oldest, the last perhaps by half. So a row stores its number, and 0 while
-    it is being written. Here the checkpoint counts 7, then came 8, 9 and half of 10:
+    A checkpoint keeps the `count` of rows. Before it was killed, a process wrote newer
+    rows over the oldest, of the last one perhaps only half. So a row stores its number,
+    and 0 while it is written. Here the checkpoint counts 7; then 8, 9, half of 10 came:
         slot     0    1    2    3
         number   9    0    7    8
-    All whole rows are used: 8 and 9, which continue 7, and of the counted ones those
-    whose slot still holds their number, here 7.
+    The next start uses every whole row: 8 and 9, which continue 7, and of rows 1 to 7
+    those whose slot still holds their number, here 7.
     """
     def __init__(self, path: Path, capacity: int, row: Row, count: int = 0, seed=0):
         dtype = np.dtype([("number", np.int64)] + [
@@ -1109,7 +1109,7 @@ class Replay:
                 raise ValueError("it holds other rows")
         except (FileNotFoundError, EOFError, ValueError) as error:
             raise UsageError(f"{path}: {error}; choose another --logdir") from None
-        # After a lap the torn row may lie in the slot of count + 1: ask count + 2, too.
+        # If all slots were written anew, count + 1 may lie under the torn row: ask on.
         while max(self.found(self.count + 1), self.found(self.count + 2)) > self.count:
             self.count += 1
         self.oldest = max(1, self.count - capacity + 1)
@@ -1154,9 +1154,9 @@ class Replay:
 class Catch(gymnasium.Env):
     """A ball falls through an 8×8 board, a paddle catches it: learned in minutes.
 
-    An example to copy, too: `--game your_module:YourGame-v0` plays a gymnasium.Env with
-    images that your module registers under that id. Actions: left, stay, right. Reward
-    when the ball lands: +1 if it is caught, -1 if not.
+    It is an example to copy: `--game your_module:YourGame-v0` plays a gymnasium.Env
+    with images that your module registers under that id. Actions: left, stay, right.
+    Reward when the ball lands: +1 if it is caught, -1 if not.
     >>> env = Catch()
     >>> _ = env.reset(seed=0)
     >>> [env.step(1)[2] for _ in range(7)]    # it lands with the 7th step
@@ -1213,7 +1213,7 @@ def plain_game(env: gymnasium.Env) -> gymnasium.Env:
         need = "Discrete, or a bounded Box (A,) of floats,"
         raise UsageError(f"a wrapper must make {need} of its actions, {actions}")
     env = wrappers.TransformAction(env, to_game, space)
-    env = wrappers.TransformReward(env, lambda reward: np.asarray(reward).item())
+    env = wrappers.TransformReward(env, lambda r: np.asarray(r).item())  # or an array
     space = Box(0, 255, (channels, 64, 64), np.uint8)
     return wrappers.TransformObservation(env, to_image, space)
 
@@ -1248,7 +1248,7 @@ class Envs:
         """Play an action (A,) or, as it comes from act, (1, A); one-hot or in [-1, 1].
         Returns the row that it led to."""
         action = torch.as_tensor(action).float().cpu().numpy().ravel()  # waits for GPUs
-        # ale-py hangs for ever on an action out of range; argmax of A entries is none.
+        # ale-py hangs for ever on an action out of range; argmax of A is within.
         assert action.shape == (self.num_actions,), "not (A,) or (1, A)"
         chosen = action if self.continuous else action.argmax()
         images, reward, terminated, truncated, _ = self.vector_env.step(chosen[None])
@@ -1317,10 +1317,10 @@ def evaluate(agent: Agent, envs: Envs, episodes: int, seed: int) -> np.ndarray:
 
 @torch.no_grad()
 def draw(agent: Agent, envs: Envs, seed: int, seen=5, length=50, count=4, greedy=False):
-    """`count` played sequences of `length` rows as frames (length, H, W, 1 or 3). Each
-    has a line of three pictures: what happened; what the model says, which sees the
-    first `seen` images (a white line marks them), then only actions; and half the
-    difference, gray where it is 0. Of stacked gray images the newest is drawn."""
+    """`count` sequences of `length` rows as frames (length, H, W, 1 or 3), played from
+    the 200th row on. Each is a strip of three pictures: what happened; what the model
+    says, which is given the first `seen` images (while a white line shows), then only
+    actions; half the difference, gray where it is 0. Of stacked images: the newest."""
     model, played = agent.world_model, play(agent, envs, seed, greedy)
     rows = itertools.islice(played, 200, 200 + count * length)
     batch = (torch.from_numpy(np.stack(x)).to(agent.device) for x in zip(*rows))
@@ -1339,7 +1339,7 @@ def draw(agent: Agent, envs: Envs, seed: int, seen=5, length=50, count=4, greedy
 
 def to_png(frames: np.ndarray, milliseconds: int = 100) -> bytes:
     """Frames (T, H, W, 1 or 3) uint8 -> an animated PNG (w3.org/TR/png-3). Pixels are
-    enlarged to whole squares, as far as the picture stays within 800 pixels.
+    enlarged to whole squares, as far as the width stays within 800.
     >>> struct.unpack(">II", to_png(np.zeros((2, 40, 300, 1), np.uint8))[16:24])
     (600, 80)
     """
@@ -1368,7 +1368,7 @@ def to_png(frames: np.ndarray, milliseconds: int = 100) -> bytes:
 # `train` is the whole run. A kill at any moment leaves in its folder config.json, the
 # settings; checkpoint.pt, made every minute; replay.npy, whose rows after the
 # checkpoint are known by their numbers; metrics.jsonl, from which the next start cuts
-# the lines after the checkpoint. In: a Config. Out: that folder, and an exit status.
+# later lines; dream.png, lock. In: a Config. Out: that folder, and an exit status.
 # Predict: a second process is started in the same folder: what happens?
 
 
@@ -1386,7 +1386,7 @@ def save_checkpoint(path: Path, agent: Agent, **counters) -> None:
     """config.json: all settings, one a line. checkpoint.pt: weights, Adam's state and
     counters. The next start seeds random numbers anew."""
     stored = {k: v for k, v in vars(agent.config).items() if k not in NOT_STORED}
-    text = json.dumps(stored, indent=1, default=lambda x: x.item())  # of numpy
+    text = json.dumps(stored, indent=1, default=lambda x: x.item())  # numpy's
     write_file(path.with_name("config.json"), text.encode())
     adam = {k: o.adam.state_dict()["state"] for k, o in agent.optimizers.items()}
     data = io.BytesIO()  # torch.save itself hides a full disk in a RuntimeError
@@ -1411,7 +1411,7 @@ def load_agent(config: Config, envs: Envs) -> tuple[Agent, dict]:
         except Exception as error:  # of many kinds: torch reads zip files and pickles
             raise UsageError(f"{path} is damaged or of another game: {error!r:.50}")
         for name, state in saved["adam"].items():
-            adam = agent.optimizers[name].adam  # keeps this config's learning rate
+            adam = agent.optimizers[name].adam  # of config.json's learning rate
             adam.load_state_dict(adam.state_dict() | dict(state=state))
         n, agent.updates = saved["counters"], saved["counters"]["updates"]
         torch.manual_seed(c.seed + n["rows"])
@@ -1500,8 +1500,8 @@ def train(config: Config, signals=()) -> int:
             if period and (write or save):
                 means = dict(zip(metrics, torch.stack(period).mean(0).tolist()))
                 if not all(map(math.isfinite, means.values())):
-                    raise UsageError(f"not finite: {means}; {path} is from before")
-            if scores or period and write:
+                    raise UsageError(f"not finite: {means}; {path} still is")
+            if scores or (period and write):
                 score, length = np.mean(ended, 0).tolist() if ended else (None, None)
                 new, seconds = (n[k] - last[k] for k in ("updates", "wall_time_s"))
                 means |= dict(episode_return=score, episode_length=length) | scores
@@ -1521,7 +1521,7 @@ def train(config: Config, signals=()) -> int:
 
 # %% Part 13 | Command line
 # A new run takes its settings from its preset and from what the user types; a resumed
-# run from its config.json; there, only MAY_CHANGE and NOT_STORED may be typed anew.
+# run from its config.json; from that, only MAY_CHANGE and NOT_STORED may differ.
 # In: flags. Out: an exit status.
 # Predict: --gamma 0.9 --no-layer-norm: what does the program take from that?
 
@@ -1571,7 +1571,7 @@ def choose_settings(typed: dict) -> Config:
     name = re.sub(r"[^\w.-]", "_", c.game)
     c.logdir = os.path.expanduser(c.logdir or f"runs/{name}-{preset}-seed{c.seed}")
     path = Path(c.logdir, "config.json")
-    if os.path.exists(path):  # Path's own would raise if it is too long
+    if os.path.exists(path):  # Path.exists would raise if it is too long
         why, stored = f"the settings of {path}", {}
         try:
             for name, value in json.loads(path.read_text()).items():
@@ -1596,7 +1596,7 @@ def choose_settings(typed: dict) -> Config:
 
 def show(config: Config, what: str) -> int:
     """dream: what the model predicts. eval: scores of whole episodes, and 200 steps of
-    play. Pictures come into the current folder; the run's is only read."""
+    play. Pictures come into the current folder; the run's folder is only read."""
     folder = Path(config.logdir)
     if not os.path.exists(folder / "checkpoint.pt"):
         raise UsageError(f"no checkpoint in {folder}: train first, or fix --logdir")

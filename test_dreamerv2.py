@@ -1910,7 +1910,7 @@ def test_map_parts_and_tags_agree():
             assert f"[Eq. {equation}]" in CELLS[numbers[0]], row
     assert mapped == set(range(1, 14))
     for part, (_, title) in zip(CELLS[1:], titles):
-        assert "\n# Predict: " in part, title
+        assert "\n# Predict" in part, title
         assert ">>> " in part, title  # which answers what is to be predicted
         promised = set()
         for kind, numbers in re.findall(r"(Eq|Alg)\. ([\d, -]+)\)", title):
