@@ -72,7 +72,7 @@ has a number, and a flag that chooses or a test in test_dreamerv2.py that shows 
     D6   all 18 actions     those a game uses      all 18           --full-action-space
     D7   losses are sums    means                  means           test_losses_are_means
     D8   rows of 1 episode  rows of 1 episode      across ends    test_replay_is_uniform
-    D9   Adam's ε not said  m̂ of √v + ε            m̂ / (√v̂ + ε)     test_parity_agent
+    D9   Adam's ε not said  added to √v            added to √v̂      test_parity_agent
     D10  no-ops not said    1 to 30                0 to 29          --max-noops
     D11  precision not said float16                bfloat16, CUDA   --precision
     D12  first slow v: open random weights         critic's copy    test_slow_critic
@@ -82,7 +82,7 @@ has a number, and a flag that chooses or a test in test_dreamerv2.py that shows 
     D16  Eq. 5, 6: 1..H-1   t = 0..H-1             t = 0..H-1    test_parity_behaviour
 
 COST at the paper's size: 22.2M parameters, 12.5M gradient steps of 2.37 TFLOP, a replay
-of 8.36 GB; the paper says under 10 days on a V100. Here nothing has that size's scores.
+of 8.36 GB; the paper says under 10 days on a V100. No run here was of that size.
 HEALTH: image_loss sinks towards 4096·½ ln 2π = 3764, its least (11 292 in colour), kl
 rises to a few nats, actor_entropy sinks slowly from ln 18 = 2.89.
 """
@@ -174,7 +174,7 @@ class Config:
     slow_every_updates: int = 100  # gradient steps between slow copies; paper: 100
     slow_baseline: bool = False  # take the baseline from the slow critic [D4]
     shifted_advantage: bool = False  # credit a_t with V_{t+1} instead of V_t [D5]
-    # Ablations: gamer median, clipped record mean (Table 2) if off; all on: 1.64, 0.25
+    # Ablations; off: the paper's gamer median, clipped record mean; all on: 1.64, 0.25
     layer_norm: bool = True  # normalise the GRU's gates; off: 1.66, 0.25
     reward_gradients: bool = True  # reward loss trains the RSSM; off: 1.68, 0.24
     discrete_latents: bool = True  # z is categorical; off, Gaussian: 1.08, 0.19
@@ -940,9 +940,9 @@ class Agent(nn.Module):
 
     def autocast(self):
         """In bf16, layers multiply in bfloat16, but for observe's steps; all else is
-        float32. Until its `with` ends, autocast keeps a bfloat16 copy of each weight:
-        an optimiser's step would leave it stale, and if it was made without gradients
-        it passes none on. Therefore each phase of train_step has its own `with`."""
+        float32. Until its `with` ends, autocast keeps a bfloat16 copy of each weight.
+        An optimiser's step makes it stale, and one made under no_grad never passes a
+        gradient to its weight. Hence the several `with` blocks of train_step."""
         return torch.autocast(
             self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
@@ -983,9 +983,9 @@ class Agent(nn.Module):
         return rho if by_reinforce else 0.0, eta
 
     def advantage_scale(self, returns: Tensor) -> Tensor | float:
-        """What advantages are divided by: 1 or, in DreamerV3, the spread, if that is
-        above return_scale: the running mean of the 5th to 95th percentile's range. So
-        one η fits large returns, too; small ones, maybe noise, are not scaled up."""
+        """The divisor of advantages: 1, or in DreamerV3 max(return_scale, spread). The
+        spread is a running mean of the returns' range, 5th to 95th percentile. So one
+        η fits large returns, too; small ones, maybe noise, are not scaled up."""
         if not self.config.return_scale:
             return 1.0
         returns = returns.detach()
@@ -1003,7 +1003,7 @@ class Agent(nn.Module):
         metrics["model_grad_norm"] = self.optimizers["model"].minimize(loss)
 
         # 2. Imagine H steps from every posterior state, with the model just updated.
-        #    The detach cuts their graph, needed if ρ < 1, off from the real states.
+        #    The detach cuts the imagined graph, built only if ρ < 1, at real states.
         start = State(*(x.detach().flatten(0, 1) for x in posterior))  # (T, B) -> (N,)
         with self.autocast(), torch.set_grad_enabled(rho < 1):
             features, actions = imagine(  # (H+1, N, F), (H+1, N, A)
@@ -1030,7 +1030,7 @@ class Agent(nn.Module):
 
         # 4. Actor: make good returns likelier. [Eq. 6]  actions[t+1] was chosen in
         #    state t. It is detached, so that ln p moves the policy and not the action
-        #    (which for ρ < 1 has a gradient). With shift it gets V[t+1] for V[t] [D5].
+        #    (which for ρ < 1 has a gradient). Shifted, a_t gets V[t+1], not V[t] [D5].
         baseline = slow_value[:-1] if c.slow_baseline else value
         loss_of_actor, of_actor = actor_loss(
             policy.log_prob(actions[1:end + 1].detach()), policy.entropy(),
@@ -1084,8 +1084,8 @@ class Replay:
     >>> sorted(set(map(tuple, rewards.T.tolist())))   # of rows 1 to 7 four are left
     [(4.0, 5.0, 6.0), (5.0, 6.0, 7.0)]
 
-    A checkpoint keeps the `count` of rows. Before it was killed, a process wrote newer
-    rows over the oldest, of the last one perhaps only half. So a row stores its number,
+    A checkpoint keeps the `count` of rows. A process that is killed later has written
+    newer rows over the oldest, perhaps half of the last. So a row stores its number,
     and 0 while it is written. Here the checkpoint counts 7; then 8, 9, half of 10 came:
         slot     0    1    2    3
         number   9    0    7    8
@@ -1109,7 +1109,7 @@ class Replay:
                 raise ValueError("it holds other rows")
         except (FileNotFoundError, EOFError, ValueError) as error:
             raise UsageError(f"{path}: {error}; choose another --logdir") from None
-        # If all slots were written anew, count + 1 may lie under the torn row: ask on.
+        # After a whole round the torn row may cover count + 1: then count + 2 tells.
         while max(self.found(self.count + 1), self.found(self.count + 2)) > self.count:
             self.count += 1
         self.oldest = max(1, self.count - capacity + 1)
@@ -1316,9 +1316,9 @@ def evaluate(agent: Agent, envs: Envs, episodes: int, seed: int) -> np.ndarray:
 
 
 @torch.no_grad()
-def draw(agent: Agent, envs: Envs, seed: int, seen=5, length=50, count=4, greedy=False):
-    """`count` sequences of `length` rows as frames (length, H, W, 1 or 3), played from
-    the 200th row on. Each is a strip of three pictures: what happened; what the model
+def draw_film(agent: Agent, envs: Envs, seed, seen=5, length=50, count=4, greedy=False):
+    """`count` sequences of `length` rows as frames (length, H, W, 1 or 3), played after
+    the first 200 rows. Each is a strip of three pictures: what happened; what the model
     says, which is given the first `seen` images (while a white line shows), then only
     actions; half the difference, gray where it is 0. Of stacked images: the newest."""
     model, played = agent.world_model, play(agent, envs, seed, greedy)
@@ -1383,8 +1383,8 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 def save_checkpoint(path: Path, agent: Agent, **counters) -> None:
-    """config.json: all settings, one a line. checkpoint.pt: weights, Adam's state and
-    counters. The next start seeds random numbers anew."""
+    """config.json: settings but NOT_STORED, one a line. checkpoint.pt: weights, Adam's
+    state and counters. The next start seeds random numbers anew."""
     stored = {k: v for k, v in vars(agent.config).items() if k not in NOT_STORED}
     text = json.dumps(stored, indent=1, default=lambda x: x.item())  # numpy's
     write_file(path.with_name("config.json"), text.encode())
@@ -1461,7 +1461,7 @@ def train(config: Config, signals=()) -> int:
                    file=sys.stderr or io.StringIO(), ncols=79, nrows=20)
         say = print if bar.disable else bar.write
         while not ending:
-            # Act: at random while the replay fills, then as the actor says.
+            # Act: at random in the prefill, then as the actor says.
             before = n["step"]
             if before < c.prefill_steps:
                 action = envs.random_action()
@@ -1488,7 +1488,7 @@ def train(config: Config, signals=()) -> int:
             if judge and agent.updates and (done or step // every > before // every):
                 mean = evaluate(agent, judge, c.eval_episodes, step).mean(0).tolist()
                 scores = dict(zip(("eval_return", "eval_length"), mean))
-                write_file(folder / "dream.png", to_png(draw(agent, judge, step)))
+                write_file(folder / "dream.png", to_png(draw_film(agent, judge, step)))
 
             # Log: totals, and means since the line before. Numbers are read only for a
             # line or a checkpoint, because the CPU then has to wait for a GPU.
@@ -1500,7 +1500,7 @@ def train(config: Config, signals=()) -> int:
             if period and (write or save):
                 means = dict(zip(metrics, torch.stack(period).mean(0).tolist()))
                 if not all(map(math.isfinite, means.values())):
-                    raise UsageError(f"not finite: {means}; {path} still is")
+                    raise UsageError(f"not finite: {means}; {path} is still finite")
             if scores or (period and write):
                 score, length = np.mean(ended, 0).tolist() if ended else (None, None)
                 new, seconds = (n[k] - last[k] for k in ("updates", "wall_time_s"))
@@ -1608,7 +1608,7 @@ def show(config: Config, what: str) -> int:
             print(f"episodes: {len(score)}, mean score {score.mean():.2f}, standard"
                   f" deviation {score.std():.2f}, {length.mean():.0f} decisions each")
         whole = dict(seen=200, length=200, count=1, greedy=True)
-        frames = draw(agent, envs, seed, **whole if what == "eval" else {})
+        frames = draw_film(agent, envs, seed, **whole if what == "eval" else {})
     path = Path(f"{folder.resolve().name[-40:]}-{what}.png")
     write_file(path, to_png(frames))
     print(f"{path}: an animation of {len(frames)} frames")
@@ -1617,7 +1617,7 @@ def show(config: Config, what: str) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status. Ctrl-C or SIGTERM ends a run after
-    the decision in hand; the same again at once."""
+    the decision in hand; a second one ends it at once."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # for consoles that know no Greek letters
             stream.reconfigure(errors="replace", line_buffering=True)

@@ -1027,7 +1027,7 @@ inspect.getsource = functools.cache(inspect.getsource)  # else a fifth of all th
 @pytest.fixture
 def undreamt(monkeypatch):
     """Dreams take half of a short run's time."""
-    monkeypatch.setattr(d, "draw", lambda *_: np.zeros((1, 1, 1, 1), np.uint8))
+    monkeypatch.setattr(d, "draw_film", lambda *_: np.zeros((1, 1, 1, 1), np.uint8))
 
 
 def run(*flags, main=None):
@@ -1261,7 +1261,7 @@ def test_actions_are_scaled_to_their_box_and_repeated_or_counted_from_its_start(
 
 
 @pytest.mark.parametrize("command", [
-    "lock", "Replay", "load_agent", "save_checkpoint", "evaluate --eval", "draw --dream"])
+    "lock", "Replay", "load_agent", "save_checkpoint", "evaluate --eval", "draw_film --dream"])
 def test_games_are_closed_when_an_exception_passes(command, tmp_path, monkeypatch, undreamt):
     seen, (name, *show) = [], command.split()
     with toy_game() as game, monkeypatch.context() as patch:
@@ -1327,7 +1327,7 @@ def test_a_dream_sees_its_context_and_no_image_after_it(monkeypatch):
                 for b in range(4) for t in range(50)]
         monkeypatch.setattr(d, "play", lambda *_, **__: itertools.cycle(rows))
         torch.manual_seed(seed)
-        film = d.draw(agent, None, 0)
+        film = d.draw_film(agent, None, 0)
         assert [(frame[:2] == 255).all() for frame in film] == [True] * 5 + [False] * 45
         tiles = film.reshape(50, 4, 65, 3, 65)[:, :, 2:64, :, :64]
         return tiles.astype(int).transpose(3, 0, 1, 2, 4)  # (3, T, B, 62, 64)
@@ -1351,7 +1351,7 @@ def test_pictures_show_colours_or_the_newest_of_stacked_frames(monkeypatch):
         row = d.Row(image, np.zeros(3, np.float32), np.float32(0), np.False_, np.False_)
         monkeypatch.setattr(d, "play", lambda *_: itertools.repeat(row))
         agent = d.Agent(d.Config(**DEBUG), 3, channels)
-        film = d.draw(agent, None, 0, seen=200, length=200, count=1)
+        film = d.draw_film(agent, None, 0, seen=200, length=200, count=1)
         assert film.shape == (200, 65, 3 * 65, len(shown)) and (film[:, :2] == 255).all()
         assert (film[:, 2:64, :64] == np.uint8(shown)).all()
 
@@ -1368,7 +1368,7 @@ def test_eval_and_dream_draw_and_leave_the_run_as_it_is(game, channels, capsys, 
     assert run("--logdir", folder, "--dream") == 0 and act.inputs["greedy"] is False
     monkeypatch.chdir(folder), capsys.readouterr()
     assert run("--logdir", ".", "--eval", "--eval-episodes", 3) == 0
-    assert act.inputs["greedy"] is True  # in draw; evaluate is greedy, too
+    assert act.inputs["greedy"] is True  # in draw_film; evaluate is greedy, too
     assert re.search(r"fp32 on(.|\n)*: 3, mean score -?[\d.]+, .*, 40 decisions each\n",
                      capsys.readouterr().out)
     (seen, _), (film, times) = read_png(f"{name}-eval.png"), read_png(f"../../{name}-dream.png")
@@ -1534,7 +1534,8 @@ BAD = [(flags, re.sub("^--|=.*", "", flags.split()[0])) for flags in re.split(r"
     ("--game Brekout", "`Breakout`"), ("--eval", "train first"), ("--dream", "train first"),
     ("--game CartPole-v1", "images"), ("--game NoSuch-v0", "module:id"),
     ("--game no_module:Game-v0", "no_module"), ("--preset smal", "'small'"),
-    ("--seq-len 500", "prefill-steps"), ("--replay-capacity 3", "replay-capacity"), ("--eval --dream", "not allowed"),
+    ("--seq-len 500", "prefill-steps"), ("--replay-capacity 3", "replay-capacity"),
+    ("--eval --dream", "not allowed"),
     (f"--logdir {sys.executable}", sys.executable), ("--logdir " + 300 * "x", "xxx")]
 
 
@@ -1700,7 +1701,7 @@ def test_a_second_process_is_refused_and_sigterm_frees_the_folder(tmp_path, caps
         assert job.poll() is None
         time.sleep(0.02)
     assert run(*flags) == 2 and run("--logdir", tmp_path, "--dream") == 0
-    assert re.fullmatch(f"dreamerv2.py: {tmp_path} is in use, read-only or .* no locks: .* locked\n",
+    assert re.fullmatch(f"dreamerv2.py: {tmp_path} is in use, .* no locks: .* locked\n",
                         capsys.readouterr().err)
     job.terminate()
     assert "the same command goes on" in job.communicate()[0] and job.returncode == 143
