@@ -197,8 +197,7 @@ class Config:
     checkpoint_minutes: float = 1.0  # minutes between checkpoints; 0: every decision
 
 
-# Strings of flags. Those that the user types override them.
-PRESETS = {
+PRESETS = {  # strings of flags, which those that the user types override
     "atari": "",
     # The authors' code, version 2.2.0, but for D8, D9, D11, D12 and D10's least no-op.
     "released": "--steps-per-update 16 --batch-size 16 --gamma 0.999 --slow-baseline"
@@ -874,9 +873,9 @@ def actor_loss(log_prob, entropy, returns, baseline, weights, *, entropy_scale,
 
 
 class Optimizer:
-    """Adam with global-norm clipping and decoupled decay, for the weights of a module
-    that require a gradient. Authors' code: clip the gradient, w <- (1 - decay)·w, then
-    Adam. torch's AdamW would shrink w by lr·decay: here decay is divided by lr first.
+    """Adam with clipping by global norm and decoupled decay, for a module's weights.
+    Authors' code: clip the gradient, w <- (1 - decay)·w, then Adam. torch's AdamW would
+    shrink w by lr·decay: here decay is divided by lr first.
     >>> layer = nn.Linear(1, 1)
     >>> _ = nn.init.ones_(layer.weight)
     >>> opt = Optimizer(layer, lr=0.5, eps=0.0, clip=100.0, decay=0.25)
@@ -1112,6 +1111,8 @@ class Replay:
         # After a whole round the torn row may cover count + 1: then count + 2 tells.
         while max(self.found(self.count + 1), self.found(self.count + 2)) > self.count:
             self.count += 1
+        if self.count and self.found(self.count) != self.count:
+            raise UsageError(f"{path} is older than the checkpoint: try another logdir")
         self.oldest = max(1, self.count - capacity + 1)
         while self.oldest <= self.count and self.found(self.oldest) != self.oldest:
             self.oldest += 1
@@ -1153,7 +1154,6 @@ class Replay:
 
 class Catch(gymnasium.Env):
     """A ball falls through an 8×8 board, a paddle catches it: learned in minutes.
-
     It is an example to copy: `--game your_module:YourGame-v0` plays a gymnasium.Env
     with images that your module registers under that id. Actions: left, stay, right.
     Reward when the ball lands: +1 if it is caught, -1 if not.
@@ -1187,7 +1187,7 @@ def to_image(image: np.ndarray) -> np.ndarray:
     """(H, W) or (H, W, C) uint8 -> (C, 64, 64) uint8. Sides of less than 64 pixels grow
     by repeating whole pixels, which keeps them sharp; longer ones are averaged."""
     assert image.dtype == np.uint8, f"the game promised uint8 and sent {image.dtype}"
-    pixels = torch.tensor(image).reshape(*image.shape[:2], -1).permute(2, 0, 1)[None]
+    pixels = torch.from_numpy(np.atleast_3d(image).transpose(2, 0, 1).copy())[None]
     larger = [max(64, size) for size in image.shape[:2]]
     pixels = F.interpolate(pixels.float(), larger, mode="nearest-exact")
     return F.interpolate(pixels, (64, 64), mode="area")[0].round().byte().numpy()
@@ -1203,16 +1203,16 @@ def plain_game(env: gymnasium.Env) -> gymnasium.Env:
         need = "uint8 images (H, W) or (H, W, C <= 4)"
         raise UsageError(f"a wrapper must make {need} of its observations, {images}")
     if isinstance(actions, Discrete):
-        space, to_game = Discrete(int(actions.n)), lambda action: action + actions.start
+        space, adapt = Discrete(int(actions.n)), lambda action: action + actions.start
     elif isinstance(actions, Box) and actions.is_bounded() and (
             len(actions.shape) == 1 and actions.dtype.kind == "f"):
         space, (low, high) = Box(-1, 1, actions.shape), (actions.low, actions.high)
         # Clipped, because rounding may leave the box by the last digit.
-        to_game = lambda action: (low + (action + 1) / 2 * (high - low)).clip(low, high)
+        adapt = lambda action: (low + (action + 1) / 2 * (high - low)).clip(low, high)
     else:
         need = "Discrete, or a bounded Box (A,) of floats,"
         raise UsageError(f"a wrapper must make {need} of its actions, {actions}")
-    env = wrappers.TransformAction(env, to_game, space)
+    env = wrappers.TransformAction(env, lambda a: adapt(a).astype(actions.dtype), space)
     env = wrappers.TransformReward(env, lambda r: np.asarray(r).item())  # or an array
     space = Box(0, 255, (channels, 64, 64), np.uint8)
     return wrappers.TransformObservation(env, to_image, space)
@@ -1287,8 +1287,7 @@ def make_envs(config: Config) -> Envs:
             reward_clipping=False, use_fire_reset=False)
         return Envs(env, c.action_repeat)
     except (UsageError, gymnasium.error.Error, ModuleNotFoundError) as error:
-        known = "Atari games: UpNDown, ...; a package's: module:id"
-        raise UsageError(f"--game {c.game}: {error} ({known})") from error
+        raise UsageError(f"--game {c.game}: {error} (or is it module:id?)") from error
 
 
 # %% Part 11 | Playing and looking
@@ -1432,6 +1431,7 @@ def lock(folder: Path) -> sqlite3.Connection:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        open(folder / "lock", "ab").close()  # SQLite would lock a read-only file
         connection = sqlite3.connect(folder / "lock", timeout=0)
         connection.execute("BEGIN EXCLUSIVE")
         return connection
@@ -1557,7 +1557,7 @@ def read_flags(argv: list[str] | None) -> dict:
 def choose_settings(typed: dict) -> Config:
     """The settings of a new or of a resumed run; says where they are from. No number is
     negative, counts are at least 1, and a sequence fits into the first random rows."""
-    typed = {name: value for name, value in typed.items() if value != "auto"}
+    typed = {k: v for k, v in typed.items() if v != "auto" or k in ("game", "logdir")}
     typed.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.zeros((), device=typed["device"]).device.type
@@ -1571,14 +1571,14 @@ def choose_settings(typed: dict) -> Config:
     name = re.sub(r"[^\w.-]", "_", c.game)
     c.logdir = os.path.expanduser(c.logdir or f"runs/{name}-{preset}-seed{c.seed}")
     path = Path(c.logdir, "config.json")
-    if os.path.exists(path):  # Path.exists would raise if it is too long
+    if os.path.exists(path) or os.path.exists(path.with_name("checkpoint.pt")):
         why, stored = f"the settings of {path}", {}
         try:
             for name, value in json.loads(path.read_text()).items():
                 stored[name] = type(getattr(Config, name))(value)
                 if stored[name] != value:
                     raise ValueError(f"{name} {value!r}")
-        except (ValueError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, TypeError, AttributeError) as error:
             raise UsageError(f"{path} is damaged or old: {error}") from None
         for name in (typed.keys() & stored.keys()) - set(MAY_CHANGE.split()):
             if stored[name] != getattr(c, name):
@@ -1586,9 +1586,9 @@ def choose_settings(typed: dict) -> Config:
         c = Config(**vars(c) | {k: stored[k] for k in stored.keys() - typed.keys()})
     print(f"preset {c.preset}: {why}")
     for name, value in vars(c).items():  # nan and inf fail, too
-        least = 0 if isinstance(value, float) or name in MAY_BE_0 else 1
-        if not isinstance(value, (str, bool)) and not least <= value < math.inf:
-            raise UsageError(f"{name} {value}: must be at least {least}")
+        least = 0 if isinstance(value, (float, np.floating)) or name in MAY_BE_0 else 1
+        if not isinstance(value, (str, bool)) and not least <= value < 2.0**63:
+            raise UsageError(f"{name} {value}: must be in [{least}, 2**63)")
     if c.seq_len > min(c.prefill_steps, c.replay_capacity):
         raise UsageError(f"seq_len {c.seq_len} > prefill_steps or replay_capacity")
     return c

@@ -1147,6 +1147,8 @@ def test_replay_sequences_are_whole_also_after_a_kill(torn, tmp_path):
             assert replay.rows["number"][total % length] == 0
             replay.rows["reward"][total % length] = 77
         kept = [*range(max(0, total - length + torn) + 1, total + 1)]
+        too_old = functools.partial(d.Replay, path, length, counting_row(0))
+        pytest.raises(d.UsageError, too_old, total + 1).match("older than the checkpoint")
         again = d.Replay(path, length, counting_row(0), counted)
         for new in range(length + 2):  # rows of the next process
             numbers = (kept + [*range(total + 1, total + new + 1)])[-length:]
@@ -1190,6 +1192,7 @@ def test_what_the_user_registered_is_not_replaced_by_an_atari_game(monkeypatch):
         assert [make(name).num_actions for name in names] == [3, 18, 3, 3]
     names = ["Pong", "ALE/Pong-v5", "mod:Pong-v5", "my/Pong-v5", "Pong-v1", "Catch"]
     folders = [d.choose_settings(dict(game=name)).logdir for name in names]
+    assert d.choose_settings(dict(logdir="auto")).logdir == "auto"
     assert folders[0] == folders[1] and len({*folders}) == 5 and "my_Pong-v5" in folders[3]
 
 
@@ -1206,6 +1209,7 @@ def test_images_of_every_size(shape):
     image = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
     expected = np.einsum("ih,jw,hwc->cij", *map(weights, shape[:2]), np.atleast_3d(image))
     assert abs(d.to_image(image) - expected).max() < 0.501
+    assert (d.to_image(image[::-1]) == d.to_image(image[::-1].copy())).all()
     board = (np.indices(shape[:2]).sum(0) % 2 * 255).astype(np.uint8)
     assert d.to_image(board).std() > 127 or max(shape) > 64
 
@@ -1250,14 +1254,15 @@ def test_actions_are_scaled_to_their_box_and_repeated_or_counted_from_its_start(
     with mock.patch.object(Counting, "action_space", Discrete(3, start=1)):
         env = d.plain_game(Counting())
         assert env.reset()[0].max() == 0 and [env.step(a)[0].max() for a in (0, 2)] == [11, 23]
-    game, played, box = Levers(), [], Box(np.float32([-1.2, -0.7]), np.float32([2.5, 0.1]))
-    game.action_space = box
-    game.step = lambda action: (played.append(action), (game.image, 0.0, False, False, {}))[1]
-    env = d.plain_game(game)
-    for x in [-1, np.nextafter(-1, 0), np.nextafter(1, 0), 1, *np.linspace(-1, 1, 999)]:
-        env.step(np.full(2, x, np.float32))
-    assert all(map(box.contains, played)) and np.min(played, 0) == pytest.approx(box.low)
-    assert np.max(played, 0) == pytest.approx(box.high)
+    for dtype in np.float32, np.float64, np.float16:
+        game, played = Levers(), []
+        box = game.action_space = Box(dtype([-1.2, -0.7]), dtype([2.5, 0.1]), dtype=dtype)
+        game.step = lambda action: (played.append(action), (game.image, 0.0, False, False, {}))[1]
+        env = d.plain_game(game)
+        for x in [-1, np.nextafter(-1, 0), np.nextafter(1, 0), 1, *np.linspace(-1, 1, 999)]:
+            env.step(np.full(2, x, np.float32))
+        assert all(map(box.contains, played)) and np.min(played, 0) == pytest.approx(box.low)
+        assert np.max(played, 0) == pytest.approx(box.high)
 
 
 @pytest.mark.parametrize("command", [
@@ -1525,8 +1530,8 @@ def test_every_flag_runs(tmp_path, monkeypatch):
 
 
 BAD = """--step 9|--steps|--steps 0|--steps 1.5|--steps many|--seed -1|--batch-size -1|Pong
---horizon 0|--layer-norm=no|--no-such-flag|--gamma nan|--gamma -0.1|--steps-per-update 0
---seq-len 0|--replay-capacity 0|--device cuda:99|--device toaster
+--horizon 0|--layer-norm=no|--no-such-flag|--gamma nan|--gamma -0.1|--seed 18446744073709551616
+--seq-len 0|--steps-per-update 0|--replay-capacity 0|--device cuda:99|--device toaster
 --precision tf32|--anneal-steps -1|--entropy-scale-end -1|--kl-balance inf|--checkpoint-minutes -1
 --checkpoint-minutes inf|--num-classes 0|--time-limit 0|--game=|--eval-episodes -1|--max-noops -1
 --action-repeat -4|--free-nats -1|--grad-clip -1|--game Combat|--game tests:"""
@@ -1625,6 +1630,7 @@ def test_killed_at_any_moment_of_a_start(begun, tmp_path, short_run, monkeypatch
     *(("replay.npy", damage, "replay.npy") for damage in ("half", "gone", b"")),
     *((name, damage, "is damaged") for name in ("checkpoint.pt", "config.json")
       for damage in ("half", b"", b"[]")), ("checkpoint.pt", "gone", "is missing|train first"),
+    ("config.json", "gone", "No such file"),
     *(("config.json", change, said) for change, said in [
         (dict(horizon="x"), "is damaged"), (dict(layer_norm="no"), "is damaged"),
         (dict(gamma=-0.995), "gamma -0.995"), (dict(seq_len=99), "seq_len 99"),
@@ -1669,7 +1675,7 @@ def test_settings_may_be_numpy_numbers(tmp_path):
     config = d.choose_settings(d.read_flags([*CATCH, "--logdir", str(tmp_path), "--steps", "24"]))
     numbers = dict(model_lr=np.float64(1e-4), actor_lr=np.float32(0.5), batch_size=np.int64(3),
                    slow_baseline=np.bool_(True), eval_episodes=np.int32(0), free_nats=1)
-    assert d.train(dataclasses.replace(config, **numbers)) == 0
+    assert d.train(d.choose_settings(vars(config) | numbers)) == 0
     assert settings(tmp_path).items() >= numbers.items()
     assert run("--logdir", tmp_path, "--steps", 28) == 0 and counters(tmp_path)["step"] == 28
 
@@ -1701,6 +1707,8 @@ def test_a_second_process_is_refused_and_sigterm_frees_the_folder(tmp_path, caps
         assert job.poll() is None
         time.sleep(0.02)
     assert run(*flags) == 2 and run("--logdir", tmp_path, "--dream") == 0
+    with mock.patch.object(d, "open", side_effect=PermissionError, create=True):
+        pytest.raises(d.UsageError, d.lock, tmp_path).match("read-only")
     assert re.fullmatch(f"dreamerv2.py: {tmp_path} is in use, .* no locks: .* locked\n",
                         capsys.readouterr().err)
     job.terminate()
@@ -1804,7 +1812,7 @@ def test_a_preset_suits_the_device_and_flags_go_over_it(monkeypatch, capsys):
         device=torch.device(device)))
     for device, preset, other in ("cpu", "small", "atari"), ("cuda", "atari", "small"):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: device == "cuda")
-        config = d.choose_settings(dict(game="Catch"))
+        config = d.choose_settings(dict(game="Catch", preset="auto"))
         assert (config.preset, config.device) == (preset, device)
         assert config.logdir == f"runs/Catch-{preset}-seed0"
         assert {preset, other} <= {*re.findall(r"\w+", capsys.readouterr().out)}
