@@ -32,7 +32,7 @@ THE LOOP, with the paper's numbers, and the part of this file that holds each li
             after the 1st, 101st, ... gradient step: slow critic <- critic       Part 8
         now and then evaluate, draw a dream, log metrics, save             Parts 11, 12
 
-SHAPES. Time comes first: y[t] is the paper's y with subscript t, but for actions.
+SHAPES. Axis 0 is time. y[t] is the paper's y_t, but actions are shifted: see TIME.
     T  steps of a replayed sequence  50      S  latent variables            32
     B  sequences in a batch          50      K  classes of each latent      32
     N  items without a time axis,            D  units of the GRU state h   600
@@ -60,9 +60,9 @@ SYMBOLS, in the paper and here.
     p(ẑ|h)       prior                        η          entropy_scale
     α, β         kl_balance, kl_scale         sg(x)      x.detach()
 
-SOURCES. Defaults are the paper's; what it leaves open is mostly as in the authors' code
-(danijar/dreamerv2 at 07d906e, version 2.2.0, unless another is named). Each difference
-has a number, and a flag that chooses or a test in test_dreamerv2.py that shows it:
+SOURCES. Defaults are the paper's but for D7, D8 and D14-D16; what it leaves open is
+mostly as in the authors' code (danijar/dreamerv2 at 07d906e, version 2.2.0, unless
+another is named). Each row has a flag that chooses or a test that shows the difference:
          paper              version 2.2.0          here             flag or test
     D1   4 decisions/step   16                     4                --steps-per-update
     D2   γ: table 0.995     0.999                  0.995            --gamma
@@ -72,10 +72,10 @@ has a number, and a flag that chooses or a test in test_dreamerv2.py that shows 
     D6   all 18 actions     those a game uses      all 18           --full-action-space
     D7   losses are sums    means                  means           test_losses_are_means
     D8   rows of 1 episode  rows of 1 episode      across ends    test_replay_is_uniform
-    D9   Adam's ε not said  added to √v            added to √v̂      test_parity_agent
+    D9   ε's place not said added to √v            added to √v̂      test_parity_agent
     D10  no-ops not said    1 to 30                0 to 29          --max-noops
     D11  precision not said float16                bfloat16, CUDA   --precision
-    D12  first slow v: open random weights         critic's copy    test_slow_critic
+    D12  slow v_0 not said  random weights         critic's copy    test_slow_critic
     D13  γ[0] not said      0 if game over         0 if game over   test_true_start
     D14  discount loss x 1  x 5                    x 5              --discount-scale
     D15  84² to 64² pixels  64² at once            64² at once      test_atari_protocol
@@ -98,7 +98,7 @@ from typing import NamedTuple
 # long beside another busy process. This lets them sleep. It must precede torch.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 # glibc gives a large tensor's memory back to the system, and soon asks for it again.
-# Keeping it saves a fifth of a CPU step at the paper's size. Other libraries differ.
+# Keeping it saves a fifth of a CPU step at the paper's size. Without glibc: skipped.
 with suppress(AttributeError, OSError, TypeError):
     ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
     ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
