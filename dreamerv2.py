@@ -708,7 +708,6 @@ class WorldModel(nn.Module):
         kl_loss, kl = balanced_kl(
             posterior.logits, prior, alpha, divergence, c.free_bits)
         kl_loss = kl_loss.mean().clamp(min=c.free_nats)
-
         loss = image_loss + reward_loss + c.kl_scale * kl_loss
         if c.discount_head:
             loss = loss + c.discount_scale * discount_loss
@@ -1103,7 +1102,7 @@ class Replay:
                     os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
         try:
             np.load(path, "r")  # refuses a file that was cut; "r+" would fill it up
-            self.rows = np.asarray(np.load(path, "r+"))
+            self.rows = np.asarray(np.load(path, "r+"))  # without memmap's overhead
             if (self.rows.dtype, len(self.rows)) != (dtype, capacity):
                 raise ValueError("it holds other rows")
         except (FileNotFoundError, EOFError, ValueError) as error:
@@ -1200,8 +1199,7 @@ def plain_game(env: gymnasium.Env) -> gymnasium.Env:
     shape = images.shape if isinstance(images, Box) else ()
     channels = shape[2] if len(shape) == 3 else 1
     if images.dtype != np.uint8 or len(shape) not in (2, 3) or channels > 4:
-        need = "uint8 images (H, W) or (H, W, C <= 4)"
-        raise UsageError(f"a wrapper must make {need} of its observations, {images}")
+        raise UsageError(f"a wrapper must make uint8 images (H, W[, 1-4]) of {images}")
     if isinstance(actions, Discrete):
         space, adapt = Discrete(int(actions.n)), lambda action: action + actions.start
     elif isinstance(actions, Box) and actions.is_bounded() and (
@@ -1364,7 +1362,7 @@ def to_png(frames: np.ndarray, milliseconds: int = 100) -> bytes:
 
 
 # %% Part 12 | Training
-# `train` is the whole run. A kill at any moment leaves in its folder config.json, the
+# `train` is the whole run. In its folder lie, also after a kill, config.json, the
 # settings; checkpoint.pt, made every minute; replay.npy, whose rows after the
 # checkpoint are known by their numbers; metrics.jsonl, from which the next start cuts
 # later lines; dream.png, lock. In: a Config. Out: that folder, and an exit status.
@@ -1394,8 +1392,8 @@ def save_checkpoint(path: Path, agent: Agent, **counters) -> None:
 
 
 def load_agent(config: Config, envs: Envs) -> tuple[Agent, dict]:
-    """An agent for these environments, and counters: those of the folder's checkpoint
-    (UsageError if it is damaged), or new ones. Says what was chosen."""
+    """An agent for these environments, with a config of choose_settings, and counters:
+    those of a checkpoint (UsageError if it is damaged), or new ones. Prints choices."""
     c, path = config, Path(config.logdir, "checkpoint.pt")
     torch.manual_seed(c.seed)
     agent = Agent(c, envs.num_actions, envs.channels, c.device, envs.continuous)
@@ -1431,9 +1429,10 @@ def lock(folder: Path) -> sqlite3.Connection:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        open(folder / "lock", "ab").close()  # SQLite would lock a read-only file
         connection = sqlite3.connect(folder / "lock", timeout=0)
         connection.execute("BEGIN EXCLUSIVE")
+        if not os.access(folder, os.W_OK):  # which SQLite alone would not mind
+            raise OSError("it cannot be written")
         return connection
     except (OSError, sqlite3.Error) as error:
         raise UsageError(f"{folder} is in use, read-only or knows no locks: {error}")
@@ -1458,7 +1457,7 @@ def train(config: Config, signals=()) -> int:
         began, saved_at = time.monotonic() - n["wall_time_s"], -math.inf
         last, period, ended, ending = n, [], [], n["step"] >= c.steps or bool(signals)
         bar = tqdm(total=c.steps, initial=n["step"], unit="step", disable=None,
-                   file=sys.stderr or io.StringIO(), ncols=79, nrows=20)
+                   file=sys.stderr or io.StringIO(), ncols=79, nrows=20)  # not 0x0
         say = print if bar.disable else bar.write
         while not ending:
             # Act: at random in the prefill, then as the actor says.
@@ -1513,6 +1512,7 @@ def train(config: Config, signals=()) -> int:
 
             # Save.
             if save:
+                replay.rows.base.flush()  # or a power cut takes newer rows than these
                 save_checkpoint(path, agent, **n, log_bytes=log.stat().st_size)
                 saved_at = time.monotonic()
         say(f"{n['step']:,} decisions, {agent.updates:,} gradient steps: {folder}")
@@ -1587,8 +1587,8 @@ def choose_settings(typed: dict) -> Config:
     print(f"preset {c.preset}: {why}")
     for name, value in vars(c).items():  # nan and inf fail, too
         least = 0 if isinstance(value, (float, np.floating)) or name in MAY_BE_0 else 1
-        if not isinstance(value, (str, bool)) and not least <= value < 2.0**63:
-            raise UsageError(f"{name} {value}: must be in [{least}, 2**63)")
+        if not isinstance(value, (str, bool, np.bool_)) and not least <= value < 9e18:
+            raise UsageError(f"{name} {value}: must be in [{least}, 9e18)")
     if c.seq_len > min(c.prefill_steps, c.replay_capacity):
         raise UsageError(f"seq_len {c.seq_len} > prefill_steps or replay_capacity")
     return c
@@ -1617,7 +1617,7 @@ def show(config: Config, what: str) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status. Ctrl-C or SIGTERM ends a run after
-    the decision in hand; a second one ends it at once."""
+    the decision in hand; the same once more ends it at once."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # for consoles that know no Greek letters
             stream.reconfigure(errors="replace", line_buffering=True)
