@@ -1285,7 +1285,7 @@ def make_envs(config: Config) -> Envs:
             reward_clipping=False, use_fire_reset=False)
         return Envs(env, c.action_repeat)
     except (UsageError, gymnasium.error.Error, ModuleNotFoundError) as error:
-        raise UsageError(f"--game {c.game}: {error} (or is it module:id?)") from error
+        raise UsageError(f"--game {c.game}: {error} (or Catch, module:id)") from error
 
 
 # %% Part 11 | Playing and looking
@@ -1565,7 +1565,7 @@ def choose_settings(typed: dict) -> Config:
         raise UsageError(f"--device: {str(error).splitlines()[0]}") from None
     preset = typed.get("preset", "atari" if device == "cuda" else "small")
     why = "as asked" if "preset" in typed else (
-        f"for {device}; --preset atari is for CUDA, small for CPUs: try --game Catch")
+        f"for {device}; --preset atari is for CUDA, small for CPUs (Catch: minutes)")
     c = Config(**dict(preset=preset) | read_flags(PRESETS[preset].split()) | typed)
     c.game = re.sub(r"^ALE/(\w+)-v5$", r"\1", c.game)  # a second name of Atari games
     name = re.sub(r"[^\w.-]", "_", c.game)
