@@ -65,18 +65,18 @@ mostly as in the authors' code (danijar/dreamerv2 at 07d906e, version 2.2.0, unl
 another is named). Each row has a flag that chooses or a test that shows the difference:
          paper              version 2.2.0          here             flag or test
     D1   4 decisions/step   16                     4                --steps-per-update
-    D2   γ: table 0.995     0.999                  0.995            --gamma
+    D2   γ 0.995 in table   0.999                  0.995            --gamma
     D3   50 sequences       16, earlier 50         50               --batch-size
     D4   baseline v(z_t)    slow v(z_t)            v(z_t)           --slow-baseline
     D5   V_t - v(z_t)       V_{t+1} - v(z_t)       V_t - v(z_t)     --shifted-advantage
     D6   all 18 actions     those a game uses      all 18           --full-action-space
     D7   losses are sums    means                  means           test_losses_are_means
     D8   rows of 1 episode  rows of 1 episode      across ends    test_replay_is_uniform
-    D9   ε's place not said added to √v            added to √v̂      test_parity_agent
+    D9   place of Adam's ε  added to √v            added to √v̂      test_parity_agent
     D10  no-ops not said    1 to 30                0 to 29          --max-noops
     D11  precision not said float16                bfloat16, CUDA   --precision
     D12  slow v_0 not said  random weights         critic's copy    test_slow_critic
-    D13  γ[0] not said      0 if game over         0 if game over   test_true_start
+    D13  start's γ not said 0 if game over         0 if game over   test_true_start
     D14  discount loss x 1  x 5                    x 5              --discount-scale
     D15  84² to 64² pixels  64² at once            64² at once      test_atari_protocol
     D16  Eq. 5, 6: 1..H-1   t = 0..H-1             t = 0..H-1    test_parity_behaviour
