@@ -2049,9 +2049,8 @@ def test_results_are_those_of_the_file_of_runs():
     ours, random, human, *others = np.array([(x + y).split("|") for _, x, _, y in rows], float).T
     assert [PUBLISHED[game]["1M"] for game, *_ in rows] == others[-1].tolist()
     scores, cut = (np.array([ours, *others]) - random) / (human - random), len(rows) // 4
-    for name, values in {
-            "mean": scores, "median": np.median(scores, 1, keepdims=True), "mean without six":
-            scores[:, 6:], "interquartile mean": np.sort(scores)[:, cut:-cut]}.items():
+    for name, values in {"mean": scores, "mean without six": scores[:, 6:], "median": np.median(
+            scores, 1, keepdims=True), "interquartile mean": np.sort(scores)[:, cut:-cut]}.items():
         assert "\n{}|{:.2f}|||{:.2f}|{:.2f}|{:.2f}|{:.2f}\n".format(name, *values.mean(1)) in readme
 
 
@@ -2110,6 +2109,7 @@ def test_scores_by_hand():
     ours = list(summarize_scores(of("DreamerV2")).values())  # its files hold other seeds than
     assert [ours[0], *ours[2:]] == pytest.approx([2.15, 0.44, 0.28], rel=0.05)  # the paper
     assert [*map(normalized_score, 2 * ["UpNDown"], (533.4, 82840), ("gamer", "record"))] == [0, 1]
+    assert normalized_score("Boxing", 6.1, "gamer") == pytest.approx(0.5)
     pytest.raises(KeyError, normalized_score, "Catch", 1.0, "gamer")  # none of the 55
     assert normalized_score("Skiing", 1382.61 - 17098.1, "record") == pytest.approx(0.1)
     two = summarize_scores({"Boxing": 24.1, "Pong": -20.7})  # gamer 2 and 0
